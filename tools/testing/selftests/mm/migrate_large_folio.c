@@ -1,0 +1,680 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Migration keeps large folios what they are: in one piece, not taken for
+ * partially mapped when they are not, and mlocked when they were.
+ *
+ * Anonymous folios of several sizes are mapped by PTEs in all the ways that
+ * matter to the rmap code, moved between two nodes and back with mbind(), and
+ * looked at through the mTHP statistics and /proc/vmstat. Contents are checked
+ * page by page after each move.
+ *
+ * The lab's mutants that a test kills are named above it (lab_mutant=N):
+ * 11: replacing a mapping by a migration entry counts as unmapping it
+ * 12: pages that were zapped as migration entries are not noticed
+ * 13: a folio that is mapped page by page is not mlocked again
+ * 14: ... or mlocked once for each of its pages
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <linux/mempolicy.h>
+
+#include "kselftest_harness.h"
+#include "vm_util.h"
+#include "hugepage_settings.h"
+#include "../../../../mm/gup_test.h"
+
+#define NR_FOLIOS	32
+#define NR_MOVES	4
+
+/* What the kernel says about all folios of one size. */
+struct folio_stats {
+	unsigned long nr_anon;
+	unsigned long nr_anon_partially_mapped;
+	unsigned long split_deferred;
+	unsigned long split;
+};
+
+static unsigned long folio_stat(size_t size, const char *name)
+{
+	char path[128];
+
+	snprintf(path, sizeof(path),
+		 "/sys/kernel/mm/transparent_hugepage/hugepages-%zukB/stats/%s",
+		 size / 1024, name);
+	return read_num(path);
+}
+
+static struct folio_stats read_folio_stats(size_t size)
+{
+	return (struct folio_stats) {
+		.nr_anon = folio_stat(size, "nr_anon"),
+		.nr_anon_partially_mapped =
+			folio_stat(size, "nr_anon_partially_mapped"),
+		.split_deferred = folio_stat(size, "split_deferred"),
+		.split = folio_stat(size, "split"),
+	};
+}
+
+/* One number out of a file of "name number" lines, -1 if it is not there. */
+static long read_named(const char *path, const char *name)
+{
+	char line[256], key[64];
+	long value, found = -1;
+	FILE *file = fopen(path, "r");
+
+	if (!file)
+		return -1;
+	while (fgets(line, sizeof(line), file)) {
+		if (sscanf(line, "%63[^: ]%*[: ]%ld", key, &value) == 2 &&
+		    !strcmp(key, name)) {
+			found = value;
+			break;
+		}
+	}
+	fclose(file);
+	return found;
+}
+
+static long read_vmstat(const char *name)
+{
+	/* Fold what CPUs have not yet added to the global counters */
+	write_file("/proc/sys/vm/stat_refresh", "1", 1);
+	return read_named("/proc/vmstat", name);
+}
+
+static int mbind_node(void *addr, size_t len, int node, int flags)
+{
+	unsigned long mask = 1UL << node;
+
+	return syscall(__NR_mbind, addr, len, MPOL_BIND, &mask,
+		       8 * sizeof(mask), flags);
+}
+
+static int node_of(void *addr)
+{
+	int status = -1;
+
+	if (syscall(__NR_move_pages, 0, 1, &addr, NULL, &status, 0))
+		return -errno;
+	return status;
+}
+
+/* Two nodes with memory, from the list in sysfs ("0-1", "0,2", ...) */
+static bool two_nodes(int node[2])
+{
+	char buf[64];
+	int n = 0;
+
+	if (read_file("/sys/devices/system/node/has_memory", buf,
+		      sizeof(buf)) <= 0)
+		return false;
+	for (char *p = buf; *p && n < 2;) {
+		int first = strtol(p, &p, 10), last = first;
+
+		if (*p == '-')
+			last = strtol(p + 1, &p, 10);
+		while (first <= last && n < 2)
+			node[n++] = first++;
+		if (*p++ != ',')
+			break;
+	}
+	return n == 2;
+}
+
+static uint64_t pattern(char *page, int round)
+{
+	return ((uintptr_t)page >> 12) * 0x9e3779b97f4a7c15ULL + round;
+}
+
+FIXTURE(large_folio) {
+	int node[2];
+	size_t size;		/* of a folio */
+	size_t len;		/* of all of them */
+	char *mem;
+	char *reserved;		/* what setup mapped, for teardown */
+	size_t reserved_len;
+	int round;		/* of the pattern that was written last */
+	struct folio_stats before;
+	long nr_mlock;
+	long nr_unevictable;
+};
+
+FIXTURE_VARIANT(large_folio) {
+	size_t kb;
+};
+
+FIXTURE_VARIANT_ADD(large_folio, 16k) { .kb = 16 };
+FIXTURE_VARIANT_ADD(large_folio, 64k) { .kb = 64 };
+FIXTURE_VARIANT_ADD(large_folio, 256k) { .kb = 256 };
+FIXTURE_VARIANT_ADD(large_folio, 1m) { .kb = 1024 };
+FIXTURE_VARIANT_ADD(large_folio, pmd) { .kb = 0 };
+
+FIXTURE_SETUP(large_folio)
+{
+	struct thp_settings settings;
+	int order;
+
+	if (geteuid())
+		SKIP(return, "needs root");
+	if (!two_nodes(self->node))
+		SKIP(return, "needs two NUMA nodes with memory");
+	if (!thp_available())
+		SKIP(return, "no transparent huge pages");
+
+	self->size = variant->kb ? variant->kb * 1024 : read_pmd_pagesize();
+	order = sz2ord(self->size, psize());
+	if (!(thp_supported_orders() & (1UL << order)))
+		SKIP(return, "no folios of %zu kB", self->size / 1024);
+
+	thp_save_settings();
+	thp_read_settings(&settings);
+	settings.thp_enabled = THP_MADVISE;
+	settings.use_zero_page = false;
+	settings.khugepaged.defrag = false;
+	for (int i = 0; i < NR_ORDERS; i++)
+		settings.hugepages[i].enabled = THP_NEVER;
+	settings.hugepages[order].enabled = THP_MADVISE;
+	thp_push_settings(&settings);
+
+	self->nr_mlock = read_vmstat("nr_mlock");
+	self->nr_unevictable = read_vmstat("nr_unevictable");
+
+	/* Room to align, and for mremap_across_page_tables() */
+	self->len = NR_FOLIOS * self->size;
+	self->reserved_len = 3 * self->len + 2 * read_pmd_pagesize();
+	self->reserved = mmap(NULL, self->reserved_len, PROT_NONE,
+			      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	ASSERT_NE(self->reserved, MAP_FAILED);
+	self->mem = (char *)(((uintptr_t)self->reserved + read_pmd_pagesize()) &
+			     -(uintptr_t)read_pmd_pagesize());
+	self->before = read_folio_stats(self->size);
+}
+
+FIXTURE_TEARDOWN(large_folio)
+{
+	if (self->reserved && self->reserved != MAP_FAILED)
+		munmap(self->reserved, self->reserved_len);
+	thp_restore_settings();
+}
+
+static size_t nr_pages(FIXTURE_DATA(large_folio) * self)
+{
+	return self->len / psize();
+}
+
+static char *folio_addr(FIXTURE_DATA(large_folio) * self, int i)
+{
+	return self->mem + i * self->size;
+}
+
+static void write_pattern(FIXTURE_DATA(large_folio) * self)
+{
+	self->round++;
+	for (size_t off = 0; off < self->len; off += psize())
+		*(uint64_t *)(self->mem + off) =
+			pattern(self->mem + off, self->round);
+}
+
+/* First page that does not hold the pattern of @at; -1 if all do. */
+static long bad_page(FIXTURE_DATA(large_folio) * self, char *at, size_t step)
+{
+	for (size_t off = 0; off < self->len; off += step)
+		if (*(uint64_t *)(self->mem + off) !=
+		    pattern(at + off, self->round))
+			return off / psize();
+	return -1;
+}
+
+static long page_elsewhere(FIXTURE_DATA(large_folio) * self, int node, size_t step)
+{
+	for (size_t off = 0; off < self->len; off += step)
+		if (node_of(self->mem + off) != node)
+			return off / psize();
+	return -1;
+}
+
+/* Map NR_FOLIOS folios, fill them on node[0]; they count as nr_anon. */
+static void populate(struct __test_metadata *_metadata,
+		     FIXTURE_DATA(large_folio) * self)
+{
+	char *mem = mmap(self->mem, self->len, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+
+	ASSERT_EQ(mem, self->mem);
+	ASSERT_EQ(mbind_node(mem, self->len, self->node[0], 0), 0);
+	ASSERT_EQ(madvise(mem, self->len, MADV_HUGEPAGE), 0);
+	write_pattern(self);
+	ASSERT_EQ(folio_stat(self->size, "nr_anon"),
+		  self->before.nr_anon + NR_FOLIOS) {
+		TH_LOG("memory is not made of %zu kB folios", self->size / 1024);
+	}
+}
+
+/* A PMD-mapped folio has nothing to do here: map it by PTEs. */
+static void map_by_ptes(struct __test_metadata *_metadata,
+			FIXTURE_DATA(large_folio) * self)
+{
+	if (self->size < read_pmd_pagesize())
+		return;
+	/* Protecting one page splits the PMD; the VMAs merge again */
+	for (int i = 0; i < NR_FOLIOS; i++) {
+		char *page = folio_addr(self, i) + psize();
+
+		ASSERT_EQ(mprotect(page, psize(), PROT_READ), 0);
+		ASSERT_EQ(mprotect(page, psize(), PROT_READ | PROT_WRITE), 0);
+	}
+}
+
+static void move_to(struct __test_metadata *_metadata,
+		    FIXTURE_DATA(large_folio) * self, int node)
+{
+	ASSERT_EQ(mbind_node(self->mem, self->len, node, MPOL_MF_MOVE_ALL), 0);
+}
+
+/* There and back: everything arrives, contents stay. */
+static void move_often(struct __test_metadata *_metadata,
+		       FIXTURE_DATA(large_folio) * self, char *at)
+{
+	for (int i = 1; i <= NR_MOVES; i++) {
+		int node = self->node[i % 2];
+
+		move_to(_metadata, self, node);
+		ASSERT_EQ(page_elsewhere(self, node, psize()), -1);
+		ASSERT_EQ(bad_page(self, at, psize()), -1);
+	}
+}
+
+/* Nothing was split, nor marked so that it will be. */
+static void expect_whole(struct __test_metadata *_metadata,
+			 FIXTURE_DATA(large_folio) * self)
+{
+	struct folio_stats now = read_folio_stats(self->size);
+
+	EXPECT_EQ(now.nr_anon - self->before.nr_anon, NR_FOLIOS);
+	EXPECT_EQ(now.split - self->before.split, 0);
+	EXPECT_EQ(now.split_deferred - self->before.split_deferred, 0);
+	EXPECT_EQ(now.nr_anon_partially_mapped -
+		  self->before.nr_anon_partially_mapped, 0);
+}
+
+/* A child that does @work and stays until it is told to end. */
+struct child {
+	pid_t pid;
+	int ready;	/* read end: one byte when the child's work is done */
+	int go;		/* write end: closed to end the child */
+};
+
+static struct child start_child(FIXTURE_DATA(large_folio) * self,
+				bool (*work)(FIXTURE_DATA(large_folio) * self))
+{
+	int ready[2], go[2];
+	struct child child;
+	char byte = 0;
+
+	if (pipe(ready) || pipe(go))
+		return (struct child) { .pid = -1 };
+	child = (struct child) { fork(), ready[0], go[1] };
+	if (!child.pid) {
+		close(ready[0]);
+		close(go[1]);
+		byte = !work || work(self);
+		if (write(ready[1], &byte, 1) == 1)
+			byte = read(go[0], &byte, 1);
+		/* The child still sees what it saw */
+		_exit(0);
+	}
+	close(ready[1]);
+	close(go[0]);
+	return child;
+}
+
+static bool child_is_ready(struct child *child)
+{
+	char byte = 0;
+
+	return child->pid > 0 && read(child->ready, &byte, 1) == 1 && byte;
+}
+
+static void end_child(struct child *child)
+{
+	close(child->go);
+	close(child->ready);
+	waitpid(child->pid, NULL, 0);
+}
+
+/* --- partially mapped, or not -------------------------------------------- */
+
+/* Kills mutant 11. */
+TEST_F(large_folio, stays_whole)
+{
+	populate(_metadata, self);
+	map_by_ptes(_metadata, self);
+	move_often(_metadata, self, self->mem);
+	expect_whole(_metadata, self);
+}
+
+/* A VMA ends in the middle of every folio. Kills mutant 11. */
+TEST_F(large_folio, straddles_vmas)
+{
+	populate(_metadata, self);
+	for (int i = 0; i < NR_FOLIOS; i++)
+		ASSERT_EQ(mprotect(folio_addr(self, i), self->size / 2,
+				   PROT_READ), 0);
+	move_often(_metadata, self, self->mem);
+	expect_whole(_metadata, self);
+}
+
+/* Move the mapping so that a page table ends in the middle of a folio. */
+static void mremap_across_page_tables(struct __test_metadata *_metadata,
+				      FIXTURE_DATA(large_folio) * self)
+{
+	size_t pmd = read_pmd_pagesize();
+	size_t boundary = (self->len * 3 / 2 + self->size + pmd - 1) & -pmd;
+	char *new = self->mem + boundary - self->len / 2 - self->size / 2;
+
+	ASSERT_EQ(mremap(self->mem, self->len, self->len,
+			 MREMAP_MAYMOVE | MREMAP_FIXED, new), new);
+	self->mem = new;
+}
+
+/* One of the folios crosses from one page table to the next. Kills mutant 11. */
+TEST_F(large_folio, straddles_page_tables)
+{
+	char *at = self->mem;
+
+	populate(_metadata, self);
+	mremap_across_page_tables(_metadata, self);
+	move_often(_metadata, self, at);
+	expect_whole(_metadata, self);
+}
+
+static bool unmap_second_halves(FIXTURE_DATA(large_folio) * self)
+{
+	for (int i = 0; i < NR_FOLIOS; i++)
+		if (munmap(folio_addr(self, i) + self->size / 2,
+			   self->size / 2))
+			return false;
+	return true;
+}
+
+/*
+ * A child maps only a half of each folio; the parent still maps all of it, by
+ * a PMD if it can. Kills mutant 11.
+ */
+TEST_F(large_folio, child_maps_half)
+{
+	struct child child;
+
+	populate(_metadata, self);
+	child = start_child(self, unmap_second_halves);
+	ASSERT_TRUE(child_is_ready(&child));
+	move_often(_metadata, self, self->mem);
+	expect_whole(_metadata, self);
+	end_child(&child);
+}
+
+/* Make the second half of each folio exclusive, and the first half not. */
+static void mix_exclusive(struct __test_metadata *_metadata,
+			  FIXTURE_DATA(large_folio) * self)
+{
+	struct child child = start_child(self, NULL);
+
+	ASSERT_TRUE(child_is_ready(&child));
+	end_child(&child);
+	map_by_ptes(_metadata, self);
+	for (size_t off = 0; off < self->len; off += psize())
+		if (off % self->size >= self->size / 2)
+			*(uint64_t *)(self->mem + off) =
+				pattern(self->mem + off, self->round);
+	if (folio_stat(self->size, "nr_anon_partially_mapped") !=
+	    self->before.nr_anon_partially_mapped)
+		SKIP(return, "writing after fork copies pages of a folio");
+}
+
+/* Kills mutant 11. */
+TEST_F(large_folio, exclusive_in_part)
+{
+	populate(_metadata, self);
+	mix_exclusive(_metadata, self);
+	move_often(_metadata, self, self->mem);
+	expect_whole(_metadata, self);
+}
+
+static int pin(char *addr, size_t size)
+{
+	struct pin_longterm_test args = {
+		.addr = (uintptr_t)addr,
+		.size = size,
+		.flags = PIN_LONGTERM_TEST_FLAG_USE_WRITE,
+	};
+	int fd = open("/sys/kernel/debug/gup_test", O_RDWR);
+
+	if (fd >= 0 && ioctl(fd, PIN_LONGTERM_TEST_START, &args)) {
+		close(fd);
+		return -1;
+	}
+	return fd;
+}
+
+/*
+ * The first pages become migration entries, then a pinned exclusive page stops
+ * it: the folio must be left as it was. Kills mutant 11.
+ */
+TEST_F(large_folio, aborted_unmap)
+{
+	int fd;
+
+	populate(_metadata, self);
+	mix_exclusive(_metadata, self);
+	fd = pin(self->mem + self->size / 2, psize());
+	if (fd < 0)
+		SKIP(return, "no /sys/kernel/debug/gup_test to pin a page with");
+	move_to(_metadata, self, self->node[1]);
+	EXPECT_EQ(node_of(self->mem), self->node[0]);
+	EXPECT_EQ(node_of(folio_addr(self, 1)), self->node[1]);
+	EXPECT_EQ(bad_page(self, self->mem, psize()), -1);
+	expect_whole(_metadata, self);
+
+	/* Free again, it goes like the others */
+	close(fd);
+	move_often(_metadata, self, self->mem);
+	expect_whole(_metadata, self);
+}
+
+/* What is partially mapped is marked and, when it has to move, split. */
+TEST_F(large_folio, partially_mapped)
+{
+	struct folio_stats now;
+
+	populate(_metadata, self);
+	ASSERT_TRUE(unmap_second_halves(self));
+	now = read_folio_stats(self->size);
+	EXPECT_EQ(now.nr_anon_partially_mapped -
+		  self->before.nr_anon_partially_mapped, NR_FOLIOS);
+
+	for (int i = 0; i < NR_FOLIOS; i++)
+		ASSERT_EQ(mbind_node(folio_addr(self, i), self->size / 2,
+				     self->node[1], MPOL_MF_MOVE), 0);
+	now = read_folio_stats(self->size);
+	EXPECT_EQ(now.split - self->before.split, NR_FOLIOS);
+	EXPECT_EQ(now.nr_anon_partially_mapped,
+		  self->before.nr_anon_partially_mapped);
+	EXPECT_EQ(bad_page(self, self->mem, self->size), -1);
+	EXPECT_EQ(page_elsewhere(self, self->node[1], self->size), -1);
+}
+
+static void *zap_second_halves(void *arg)
+{
+	FIXTURE_DATA(large_folio) * self = arg;
+
+	for (int i = 0; i < NR_FOLIOS; i++)
+		madvise(folio_addr(self, i) + self->size / 2, self->size / 2,
+			MADV_DONTNEED);
+	return NULL;
+}
+
+/*
+ * Halves of folios are zapped while their pages are migration entries or are
+ * not; all of the folios are partially mapped in the end, so all that are not
+ * split yet must be marked. Kills mutant 12, by chance: many rounds.
+ */
+TEST_F(large_folio, zapped_while_moving)
+{
+	for (int round = 0; round < 20; round++) {
+		struct folio_stats now;
+		pthread_t zapper;
+
+		populate(_metadata, self);
+		map_by_ptes(_metadata, self);
+		ASSERT_EQ(pthread_create(&zapper, NULL, zap_second_halves,
+					 self), 0);
+		move_to(_metadata, self, self->node[1]);
+		ASSERT_EQ(pthread_join(zapper, NULL), 0);
+
+		now = read_folio_stats(self->size);
+		ASSERT_EQ(now.nr_anon - self->before.nr_anon,
+			  now.nr_anon_partially_mapped -
+			  self->before.nr_anon_partially_mapped);
+		ASSERT_EQ(bad_page(self, self->mem, self->size), -1);
+		ASSERT_EQ(munmap(self->mem, self->len), 0);
+	}
+}
+
+/* --- mlocked, or not ------------------------------------------------------ */
+
+/* Pages that wait in a CPU's batch are on no LRU yet: mbind() drains them. */
+static void drain_lru(struct __test_metadata *_metadata,
+		      FIXTURE_DATA(large_folio) * self)
+{
+	char *page = mmap(NULL, psize(), PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	ASSERT_NE(page, MAP_FAILED);
+	ASSERT_EQ(mbind_node(page, psize(), self->node[0], MPOL_MF_MOVE_ALL), 0);
+	munmap(page, psize());
+}
+
+static void expect_mlocked(struct __test_metadata *_metadata,
+			   FIXTURE_DATA(large_folio) * self, size_t nr)
+{
+	drain_lru(_metadata, self);
+	EXPECT_EQ(read_vmstat("nr_mlock") - self->nr_mlock, nr);
+	EXPECT_EQ(read_vmstat("nr_unevictable") - self->nr_unevictable, nr);
+	EXPECT_EQ(read_named("/proc/self/smaps_rollup", "Locked"),
+		  nr * psize() / 1024);
+}
+
+static void move_mlocked(struct __test_metadata *_metadata,
+			 FIXTURE_DATA(large_folio) * self)
+{
+	char *at = self->mem;
+
+	for (int i = 1; i <= NR_MOVES; i++) {
+		move_to(_metadata, self, self->node[i % 2]);
+		expect_mlocked(_metadata, self, nr_pages(self));
+	}
+	EXPECT_EQ(page_elsewhere(self, self->node[NR_MOVES % 2], psize()), -1);
+	EXPECT_EQ(bad_page(self, at, psize()), -1);
+}
+
+static void mlock_all(struct __test_metadata *_metadata,
+		      FIXTURE_DATA(large_folio) * self)
+{
+	populate(_metadata, self);
+	ASSERT_EQ(mlock(self->mem, self->len), 0);
+	expect_mlocked(_metadata, self, nr_pages(self));
+}
+
+/* Kills mutants 13 and 14. */
+TEST_F(large_folio, stays_mlocked)
+{
+	mlock_all(_metadata, self);
+	map_by_ptes(_metadata, self);
+	expect_mlocked(_metadata, self, nr_pages(self));
+	move_mlocked(_metadata, self);
+	ASSERT_EQ(munlock(self->mem, self->len), 0);
+	expect_mlocked(_metadata, self, 0);
+}
+
+/* Both VMAs are VM_LOCKED, neither has all of a folio. Kills mutant 13. */
+TEST_F(large_folio, mlocked_in_two_vmas)
+{
+	mlock_all(_metadata, self);
+	for (int i = 0; i < NR_FOLIOS; i++)
+		ASSERT_EQ(mprotect(folio_addr(self, i), self->size / 2,
+				   PROT_READ), 0);
+	expect_mlocked(_metadata, self, nr_pages(self));
+	move_mlocked(_metadata, self);
+	ASSERT_EQ(munlock(self->mem, self->len), 0);
+	expect_mlocked(_metadata, self, 0);
+}
+
+static bool mlock_in_child(FIXTURE_DATA(large_folio) * self)
+{
+	return mlock(self->mem, self->len) == 0;
+}
+
+/*
+ * Two processes mlocked the folios: one munlocks, one is left. Kills mutant 14,
+ * and 13.
+ */
+TEST_F(large_folio, mlocked_twice)
+{
+	struct child child;
+
+	mlock_all(_metadata, self);
+	map_by_ptes(_metadata, self);
+	child = start_child(self, mlock_in_child);
+	ASSERT_TRUE(child_is_ready(&child));
+	move_to(_metadata, self, self->node[1]);
+	expect_mlocked(_metadata, self, nr_pages(self));
+	end_child(&child);
+	drain_lru(_metadata, self);
+	EXPECT_EQ(read_vmstat("nr_mlock") - self->nr_mlock, nr_pages(self));
+	ASSERT_EQ(munlock(self->mem, self->len), 0);
+	expect_mlocked(_metadata, self, 0);
+}
+
+/* The unmap of a folio is aborted after its first pages. Kills mutant 13. */
+TEST_F(large_folio, mlocked_and_aborted)
+{
+	int fd;
+
+	populate(_metadata, self);
+	mix_exclusive(_metadata, self);
+	ASSERT_EQ(mlock(self->mem, self->len), 0);
+	expect_mlocked(_metadata, self, nr_pages(self));
+	fd = pin(self->mem + self->size / 2, psize());
+	if (fd < 0)
+		SKIP(return, "no /sys/kernel/debug/gup_test to pin a page with");
+	move_to(_metadata, self, self->node[1]);
+	EXPECT_EQ(node_of(self->mem), self->node[0]);
+	expect_mlocked(_metadata, self, nr_pages(self));
+	close(fd);
+	ASSERT_EQ(munlock(self->mem, self->len), 0);
+	expect_mlocked(_metadata, self, 0);
+}
+
+/* Never mlocked: migration does not make it so. */
+TEST_F(large_folio, not_mlocked)
+{
+	populate(_metadata, self);
+	map_by_ptes(_metadata, self);
+	expect_mlocked(_metadata, self, 0);
+	move_to(_metadata, self, self->node[1]);
+	expect_mlocked(_metadata, self, 0);
+}
+
+TEST_HARNESS_MAIN
