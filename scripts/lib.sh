@@ -4,7 +4,10 @@
 # fail.  Source it; it has no effect but to set these up.
 
 set -euo pipefail
+shopt -s inherit_errexit
 export LC_ALL=C
+# Debian's own tools first, whatever else a machine has
+export PATH=/usr/bin:/usr/sbin:/bin:/sbin:$PATH
 
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 BUILD=${BUILD:-$TOP/build}
@@ -17,6 +20,7 @@ warn()	{ printf '%s: warning: %s\n' "$ME" "$*" >&2; }
 die()	{ printf '%s: error: %s\n' "$ME" "$*" >&2; exit 1; }
 
 # The directories that a file of the series may stand in.
+# shellcheck disable=SC2034
 KERNEL_DIRS=(mm include arch drivers tools Documentation)
 
 git_linux() { git -C "$LINUX" "$@"; }

@@ -61,14 +61,14 @@ repo_new_files()
 	local dir
 
 	for dir in "${KERNEL_DIRS[@]}"; do
-		[ -d "$REPO/$dir" ] && (cd "$REPO" && find "$dir" -type f)
+		[ ! -d "$REPO/$dir" ] || (cd "$REPO" && find "$dir" -type f)
 	done | sort
 }
 
 # Prints what is wrong with patches/ and the new files; silence is good.
 series_complaints()	# BASE-COMMIT
 {
-	local base=$1 line file list
+	local base=$1 file list
 
 	list=$(series_lines | cut -d' ' -f1 | cut -f1)
 	sort <<<"$list" | uniq -d | sed 's/^/listed twice in patches\/series: /'
@@ -132,10 +132,11 @@ header()	# PATCH NAME
 
 commit_message()	# PATCH TOPIC
 {
-	header "$1" Subject
-	echo
-	sed -e '1,/^$/d' -e '/^---$/,$d' "$1"
-	echo "Topic: $2"
+	{
+		header "$1" Subject
+		echo
+		sed -e '1,/^$/d' -e '/^---$/,$d' "$1"
+	} | git interpret-trailers --trailer "Topic: $2"
 }
 
 # The tree exists only in GIT_INDEX_FILE.  Identity and dates come from the
@@ -177,10 +178,10 @@ series_commits()	# BASE-COMMIT STRICT [TOPIC...]
 	local -a lines
 	shift 2
 
-	wanted=$(wanted_topics "$@")
+	wanted=$(wanted_topics "$@") || exit 1
 	dir=$(mktemp -d "$SCRATCH/series.XXXXXX")
 	export GIT_INDEX_FILE=$dir/index
-	derive_new_files "$dir"
+	derive_new_files "$dir" || exit 1
 	git_linux read-tree "$base"
 	head=$base
 	mapfile -t lines < <(series_lines)
@@ -193,7 +194,7 @@ series_commits()	# BASE-COMMIT STRICT [TOPIC...]
 				"100$(mode_of "$dir/$n/$file"),$(git_linux hash-object -w "$dir/$n/$file"),$file"
 		done
 		apply_exactly "$PATCHES/$patch" "$strict"
-		head=$(commit_index "$head" "$PATCHES/$patch" "$topic")
+		head=$(commit_index "$head" "$PATCHES/$patch" "$topic") || exit 1
 		echo "$patch $head $(git_linux rev-parse "$head^{tree}")"
 	done
 	unset GIT_INDEX_FILE

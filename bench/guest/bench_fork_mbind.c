@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The published fork-heavy workload: a parent with a small anonymous buffer
+ * and many children that each wrote to every page of their copy. No page of
+ * the parent is shared any more, but every child's VMA is still in the tree
+ * that restoring a mapping walks, so mbind() of the parent's buffer costs
+ * pages x children.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "bench.h"
+
+#define PROG		"bench_fork_mbind"
+
+/* Kernel memory of a child: stack, mm, VMAs, page tables; measured ~190K. */
+#define CHILD_KB	256UL
+/* Left free for the rest of the guest, on top of the buffer itself. */
+#define RESERVE_KB	(192UL * 1024)
+
+static struct region buf = { .kind = MEM_ANON, .folio_kb = 4 };
+static unsigned long size_mb = 5, children = 1000, rounds = 4, jobs;
+static long touch = -1;
+static int cpu;
+static bool pin = true;
+static const char *perf_ctl, *perf_ack;
+static int ctl_fd = -1, ack_fd = -1;
+
+/* Children report on one pipe and live until the other one is closed. */
+static int done_pipe[2], live_pipe[2];
+static pid_t *pids;
+
+static void usage(void)
+{
+	fprintf(stderr,
+"usage: bench_fork_mbind [option...]\n"
+"  --mb N        size of the parent's buffer, MB (5)\n"
+"  --children N  children, fewer when memory is short (1000)\n"
+"  --touch N     pages that each child copies by writing (all)\n"
+"  --rounds N    moves, node 0 -> 1 -> 0 ... (4)\n"
+"  --jobs N      children that copy at the same time (online CPUs)\n"
+"  --cpu N       where the parent runs, from its start (0)\n"
+"  --no-pin      let it run anywhere: how it flushes TLBs is then left to chance\n"
+"  --perf CTL,ACK  FIFOs of 'perf record --control': on around each move only\n");
+	exit(EXIT_UNABLE);
+}
+
+static void split_perf(char *arg)
+{
+	char *comma = strchr(arg, ',');
+
+	if (!comma)
+		die("--perf wants two FIFOs, CTL,ACK");
+	*comma = '\0';
+	perf_ctl = arg;
+	perf_ack = comma + 1;
+}
+
+static void parse(int argc, char **argv)
+{
+	static const struct option opts[] = {
+		{ "mb", required_argument, NULL, 'm' },
+		{ "children", required_argument, NULL, 'c' },
+		{ "touch", required_argument, NULL, 't' },
+		{ "rounds", required_argument, NULL, 'r' },
+		{ "jobs", required_argument, NULL, 'j' },
+		{ "cpu", required_argument, NULL, 'p' },
+		{ "no-pin", no_argument, NULL, 'n' },
+		{ "perf", required_argument, NULL, 'f' },
+		{ }
+	};
+	int c;
+
+	while ((c = getopt_long(argc, argv, "", opts, NULL)) != -1) {
+		switch (c) {
+		case 'm': size_mb = parse_ulong("--mb", optarg); break;
+		case 'c': children = parse_ulong("--children", optarg); break;
+		case 't': touch = parse_ulong("--touch", optarg); break;
+		case 'r': rounds = parse_ulong("--rounds", optarg); break;
+		case 'j': jobs = parse_ulong("--jobs", optarg); break;
+		case 'p': cpu = parse_ulong("--cpu", optarg); break;
+		case 'n': pin = false; break;
+		case 'f': split_perf(optarg); break;
+		default: usage();
+		}
+	}
+	if (optind != argc || !size_mb || !rounds)
+		usage();
+	if (!jobs)
+		jobs = sysconf(_SC_NPROCESSORS_ONLN);
+	buf.bytes = size_mb * MB;
+	if (touch < 0 || (unsigned long)touch > buf.bytes / BASE_PAGE)
+		touch = buf.bytes / BASE_PAGE;
+}
+
+/* As many children as the memory that is free now lets live. */
+static unsigned long affordable(unsigned long want)
+{
+	unsigned long per_kb = touch * (BASE_PAGE / KB) + CHILD_KB;
+	unsigned long reserve = RESERVE_KB + 2 * buf.bytes / KB;
+	long free_kb = 0;
+	int node;
+
+	for (node = 0; node < nr_nodes(); node++)
+		free_kb += mem_free_kb(node);
+	if ((unsigned long)free_kb < reserve + per_kb)
+		die("%ld kB free: not enough for one child of %lu kB and %lu kB kept back",
+		    free_kb, per_kb, reserve);
+	free_kb = (free_kb - reserve) / per_kb;
+	return want < (unsigned long)free_kb ? want : (unsigned long)free_kb;
+}
+
+/* The child's own word per page, checked again when it is told to leave. */
+static void child_main(unsigned long nr)
+{
+	volatile uint64_t *w = (volatile uint64_t *)buf.addr;
+	const size_t step = BASE_PAGE / sizeof(*w);
+	unsigned long bad = 0;
+	char done = 0;
+	long i;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	run_anywhere();
+	close(live_pipe[1]);
+	close(done_pipe[0]);
+	for (i = 0; i < touch; i++)
+		w[i * step] = (nr << 32) + i;
+	if (write(done_pipe[1], &done, 1) != 1)
+		_exit(EXIT_UNABLE);
+	/* End of file is the event: the parent closed its end. */
+	while (read(live_pipe[0], &done, 1) < 0 && errno == EINTR)
+		;
+	for (i = 0; i < touch; i++)
+		bad += w[i * step] != (nr << 32) + i;
+	_exit(bad ? EXIT_WRONG : 0);
+}
+
+/* A child that was killed says nothing: look for its body now and then. */
+static void wait_one_done(void)
+{
+	struct pollfd pfd = { .fd = done_pipe[0], .events = POLLIN };
+	char c;
+
+	while (poll(&pfd, 1, 1000) <= 0)
+		if (waitpid(-1, NULL, WNOHANG) > 0)
+			die("a child died while it was copying the buffer (out of memory?)");
+	if (read(done_pipe[0], &c, 1) != 1)
+		die("pipe: %s", strerror(errno));
+}
+
+static void end_children(unsigned long nr)
+{
+	unsigned long i;
+
+	for (i = 0; i < nr; i++)
+		kill(pids[i], SIGKILL);
+}
+
+static void raise_process_limit(void)
+{
+	struct rlimit lim = { RLIM_INFINITY, RLIM_INFINITY };
+
+	setrlimit(RLIMIT_NPROC, &lim);
+	write_file("/proc/sys/kernel/pid_max", "65536");
+	write_file("/proc/sys/kernel/threads-max", "65536");
+}
+
+static void fork_children(unsigned long nr)
+{
+	uint64_t start = now_ns();
+	unsigned long i, running = 0;
+
+	pids = xcalloc(nr, sizeof(*pids));
+	if (pipe2(done_pipe, O_CLOEXEC) || pipe2(live_pipe, O_CLOEXEC))
+		die("pipe: %s", strerror(errno));
+	for (i = 0; i < nr; i++) {
+		pids[i] = fork();
+		if (pids[i] < 0) {
+			end_children(i);
+			die("fork of child %lu: %s", i, strerror(errno));
+		}
+		if (!pids[i])
+			child_main(i);
+		if (++running > jobs) {
+			wait_one_done();
+			running--;
+		}
+		if (i && !(i % 100))
+			progress("%lu of %lu children, about %lu s left", i, nr,
+				 (unsigned long)((now_ns() - start) / i *
+						 (nr - i) / 1000000000));
+	}
+	while (running--)
+		wait_one_done();
+}
+
+/* Returns how many children found their copy changed, or did not end well. */
+static unsigned long reap_children(unsigned long nr)
+{
+	unsigned long i, bad = 0;
+	int status;
+
+	close(live_pipe[1]);
+	for (i = 0; i < nr; i++) {
+		if (waitpid(pids[i], &status, 0) != pids[i] ||
+		    !WIFEXITED(status) || WEXITSTATUS(status))
+			bad++;
+	}
+	return bad;
+}
+
+static void perf_open(void)
+{
+	if (!perf_ctl)
+		return;
+	ctl_fd = open(perf_ctl, O_WRONLY | O_CLOEXEC);
+	ack_fd = open(perf_ack, O_RDONLY | O_CLOEXEC);
+	if (ctl_fd < 0 || ack_fd < 0)
+		die("%s, %s: %s", perf_ctl, perf_ack, strerror(errno));
+}
+
+static void perf_switch(const char *cmd)
+{
+	char ack[16];
+
+	if (!perf_ctl)
+		return;
+	if (write(ctl_fd, cmd, strlen(cmd)) != (ssize_t)strlen(cmd) ||
+	    read(ack_fd, ack, sizeof(ack)) <= 0)
+		die("perf does not answer '%s'", cmd);
+}
+
+static bool one_round(unsigned long r, unsigned long nr)
+{
+	unsigned long pages = buf.bytes / BASE_PAGE, there, bad;
+	struct stats before, after;
+	int to = (r + 1) % 2, ret, interval;
+	uint64_t ns;
+
+	vmstat_read(&before);
+	perf_switch("enable\n");
+	interval = mark_start();
+	ns = now_ns();
+	ret = mbind_move(&buf, to);
+	ns = now_ns() - ns;
+	mark_end();
+	perf_switch("disable\n");
+	vmstat_read(&after);
+
+	there = region_pages_on(&buf, to);
+	bad = region_bad_words(&buf);
+	json_begin(PROG);
+	json_int("interval", interval);
+	json_int("round", r);
+	json_int("to", to);
+	json_int("ns", ns);
+	json_int("ret", ret);
+	json_int("mb", size_mb);
+	json_int("pages", pages);
+	json_int("pages_there", there);
+	json_int("bad_words", bad);
+	json_int("children", nr);
+	json_int("children_asked", children);
+	json_int("touch", touch);
+	json_delta("vmstat", &before, &after);
+	json_bool("ok", !ret && there == pages && !bad);
+	json_end();
+	return !ret && there == pages && !bad;
+}
+
+int main(int argc, char **argv)
+{
+	unsigned long nr, r, bad;
+	bool ok = true;
+
+	bench_init(PROG);
+	parse(argc, argv);
+	if (pin)
+		pin_and_reexec(cpu, argv);
+	if (nr_nodes() < 2)
+		die("two NUMA nodes are needed, this guest has %d", nr_nodes());
+	quiet_guest();
+	raise_process_limit();
+	region_make(&buf, 0);
+	perf_open();
+
+	nr = affordable(children);
+	if (nr < children)
+		progress("memory for %lu of %lu children only", nr, children);
+	fork_children(nr);
+	progress("%lu children have copied %ld pages each", nr, touch);
+	for (r = 0; r < rounds; r++)
+		ok &= one_round(r, nr);
+	bad = reap_children(nr);
+	if (bad) {
+		ok = false;
+		progress("%lu children found their memory changed, or died", bad);
+	}
+	json_begin(PROG);
+	json_str("summary", ok ? "ok" : "wrong");
+	json_int("children", nr);
+	json_int("children_asked", children);
+	json_int("children_bad", bad);
+	json_end();
+	return ok ? 0 : EXIT_WRONG;
+}
