@@ -64,6 +64,7 @@ unsigned long region_folios(const struct region *r);
 unsigned long region_intact_folios(const struct region *r);
 unsigned long region_pages_on(const struct region *r, int node);
 
+void drain_lru(void);
 int mbind_move(const struct region *r, int node);
 int move_folios(const struct region *r, int node);
 

@@ -23,7 +23,7 @@ enum flush_mode { FLUSH_LOCAL, FLUSH_DEFERRED };
 static struct region mem = { .kind = MEM_ANON, .folio_kb = 4 };
 static unsigned long size_mb = 32, rounds = 5;
 static enum flush_mode mode = FLUSH_DEFERRED;
-static bool use_move_pages, spin;
+static bool use_move_pages, spin, fresh;
 static int cpu;
 
 static void usage(void)
@@ -34,6 +34,8 @@ static void usage(void)
 "  --folio KB          4, 16, 32, 64 ... 2048 (4)\n"
 "  --mb N              memory moved, MB (32)\n"
 "  --rounds N          moves, node 0 -> 1 -> 0 ...; round 0 warms up (5)\n"
+"  --fresh             new memory for each round, always node 0 -> 1: what one\n"
+"                      round did to the folios is no concern of the next\n"
 "  --op mbind|move_pages  (mbind)\n"
 "  --mode local|deferred  one flush a page on the only CPU that ran this mm,\n"
 "                      or one a batch because it ran on two (deferred)\n"
@@ -59,6 +61,7 @@ static void parse(int argc, char **argv)
 		{ "rounds", required_argument, NULL, 'r' },
 		{ "op", required_argument, NULL, 'o' },
 		{ "mode", required_argument, NULL, 'd' },
+		{ "fresh", no_argument, NULL, 'n' },
 		{ "spin", no_argument, NULL, 's' },
 		{ "cpu", required_argument, NULL, 'c' },
 		{ }
@@ -82,6 +85,7 @@ static void parse(int argc, char **argv)
 		case 'm': size_mb = parse_ulong("--mb", optarg); break;
 		case 'r': rounds = parse_ulong("--rounds", optarg); break;
 		case 'c': cpu = parse_ulong("--cpu", optarg); break;
+		case 'n': fresh = true; break;
 		case 's': spin = true; break;
 		default: usage();
 		}
@@ -114,7 +118,6 @@ static void futex_wake(atomic_uint *word)
 
 static void *helper_main(void *arg)
 {
-	volatile char *first = mem.addr;
 	unsigned int seen = 0, now;
 
 	pin_to_cpu(*(int *)arg);
@@ -125,7 +128,6 @@ static void *helper_main(void *arg)
 			__builtin_ia32_pause();
 		}
 		seen = now;
-		(void)*first;
 		atomic_store(&answered, now);
 		futex_wake(&answered);
 	}
@@ -172,6 +174,7 @@ static const char *flush_mode_error(const struct stats *a, const struct stats *b
 	long local = stat_delta(a, b, "nr_tlb_local_flush_one") +
 		     stat_delta(a, b, "nr_tlb_local_flush_all");
 	long ptes = mem.folio_kb == PMD_KB ? 0 : mem.bytes / BASE_PAGE;
+	long flushes = remote > local ? remote : local;
 
 	if (stat_get(b, "nr_tlb_remote_flush") < 0)
 		return "the kernel has no nr_tlb_* counters (CONFIG_DEBUG_TLBFLUSH)";
@@ -179,7 +182,7 @@ static const char *flush_mode_error(const struct stats *a, const struct stats *b
 		return "mode local was asked for, but flushes were sent to other CPUs";
 	if (mode == FLUSH_DEFERRED && !remote)
 		return "mode deferred was asked for, but no flush was sent to another CPU";
-	if (mode == FLUSH_DEFERRED && ptes && (remote + local) * 8 > ptes)
+	if (mode == FLUSH_DEFERRED && ptes && flushes * 2 > ptes)
 		return "mode deferred was asked for, but flushes were not batched";
 	return NULL;
 }
@@ -207,6 +210,7 @@ static void round_print(const struct round *r)
 	json_str("op", use_move_pages ? "move_pages" : "mbind");
 	json_str("mode", mode == FLUSH_LOCAL ? "local" : "deferred");
 	json_bool("spin", spin);
+	json_bool("fresh", fresh);
 	json_int("interval", r->interval);
 	json_int("round", r->nr);
 	json_bool("warmup", !r->nr);
@@ -246,7 +250,11 @@ static bool one_round(unsigned long nr)
 	static struct round r;
 
 	r.nr = nr;
-	r.to = (nr + 1) % 2;
+	r.to = fresh ? 1 : (nr + 1) % 2;
+	if (fresh && nr) {
+		region_unmap(&mem);
+		region_make(&mem, 0);
+	}
 	region_fill(&mem, nr + 1);
 	round_measure(&r);
 	r.there = region_pages_on(&mem, r.to);

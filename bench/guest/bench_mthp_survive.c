@@ -158,6 +158,7 @@ static void locked_read(const struct region *r, struct locked *l)
 {
 	struct stats st;
 
+	drain_lru();
 	vmstat_read(&st);
 	l->nr_mlock = stat_get(&st, "nr_mlock");
 	l->nr_unevictable = stat_get(&st, "nr_unevictable");

@@ -298,3 +298,17 @@ int move_folios(const struct region *r, int node)
 		ret = bad;
 	return ret;
 }
+
+/*
+ * Folios that wait in a CPU's batch to be put on an LRU list, or to be
+ * marked mlocked, are on none: mbind() has all CPUs empty their batches.
+ */
+void drain_lru(void)
+{
+	struct region r = { .kind = MEM_ANON, .bytes = BASE_PAGE };
+
+	region_map(&r);
+	*(volatile char *)r.addr = 1;
+	mbind_move(&r, 0);
+	region_unmap(&r);
+}

@@ -162,6 +162,12 @@ void quiet_guest(void)
 	write_file("/proc/sys/kernel/numa_balancing", "0");
 	write_file("/proc/sys/vm/stat_interval", "3600");
 	write_file("/proc/sys/vm/compaction_proactiveness", "0");
+	/*
+	 * The kernel tunes how many free pages a CPU keeps, and what it does
+	 * not keep goes through the buddy lists at up to 200 instructions a
+	 * page. Let it keep what it may at most.
+	 */
+	write_file("/proc/sys/vm/percpu_pagelist_high_fraction", "8");
 	write_file("/sys/kernel/mm/ksm/run", "0");
 	write_file("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs",
 		   "3600000");

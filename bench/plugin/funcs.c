@@ -492,23 +492,6 @@ static void unwind(struct cpu *c, struct stack *s, int depth)
 	}
 }
 
-static void enter_irq(struct cpu *c, struct stack *s, const struct tb *tb)
-{
-	bool irq = funcs[tb->func].kind == FUNC_IRQ;
-	const struct tb *last = s->last;
-
-	if (irq) {
-		s->ctx = CTX_IRQ;
-		s->base = s->depth;
-	}
-	push(s, tb->func, 0, irq ? FRAME_IRQ : FRAME_EXC);
-	/* push() may have found the stack full. */
-	if (irq)
-		s->base = s->depth - 1;
-	s->f[s->depth - 1].last = last;
-	count_call(c, s, tb->func);
-}
-
 /* We are in a function that nobody is known to have called. */
 static void resync(struct cpu *c, struct stack *s, const struct tb *tb)
 {
@@ -580,26 +563,55 @@ static void do_ret(struct cpu *c, struct stack *s, const struct tb *tb)
 
 static void advance(struct cpu *c, struct stack *s, const struct tb *tb);
 
-static void do_iret(struct cpu *c, struct stack *s, const struct tb *tb)
+/* Back to what the last interrupt or exception came between, if to any. */
+static bool leave_root(struct cpu *c, struct stack *s)
 {
 	int i;
 
 	for (i = s->depth - 1; i >= 0; i--)
 		if (s->f[i].flags & (FRAME_IRQ | FRAME_EXC))
 			break;
-	if (i < 0) {
+	s->last = NULL;
+	if (i < 0)
+		return false;
+	unwind(c, s, i);
+	/* One iret leaves one root. */
+	if (s->last && s->last->how == END_IRET)
+		s->last = NULL;
+	return true;
+}
+
+static void do_iret(struct cpu *c, struct stack *s, const struct tb *tb)
+{
+	if (!leave_root(c, s)) {
 		resync(c, s, tb);
 		return;
 	}
-	s->last = NULL;
-	unwind(c, s, i);
-	/* An exception came before the block's end: run it again from its start. */
+	/* An exception came before the block's end: it runs once more. */
 	if (s->last && tb->start == s->last->start)
 		s->last = NULL;
-	/* One iret leaves one interrupt. */
-	if (s->last && s->last->how == END_IRET)
-		s->last = NULL;
 	advance(c, s, tb);
+}
+
+static void enter_irq(struct cpu *c, struct stack *s, const struct tb *tb)
+{
+	bool irq = funcs[tb->func].kind == FUNC_IRQ;
+	const struct tb *last;
+
+	/* Right after an iret: the one that it ended is over. */
+	if (s->last && s->last->how == END_IRET && !leave_root(c, s))
+		unwind(c, s, 0);
+	last = s->last;
+	if (irq) {
+		s->ctx = CTX_IRQ;
+		s->base = s->depth;
+	}
+	push(s, tb->func, 0, irq ? FRAME_IRQ : FRAME_EXC);
+	/* push() may have found the stack full. */
+	if (irq)
+		s->base = s->depth - 1;
+	s->f[s->depth - 1].last = last;
+	count_call(c, s, tb->func);
 }
 
 /*

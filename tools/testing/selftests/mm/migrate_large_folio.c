@@ -9,10 +9,10 @@
  * page by page after each move.
  *
  * The lab's mutants that a test kills are named above it (lab_mutant=N):
- * 11: replacing a mapping by a migration entry counts as unmapping it
- * 12: pages that were zapped as migration entries are not noticed
- * 13: a folio that is mapped page by page is not mlocked again
- * 14: ... or mlocked once for each of its pages
+ * 21: replacing a mapping by a migration entry counts as unmapping it
+ * 22: pages that were zapped as migration entries are not noticed
+ * 23: a folio that is mapped page by page is not mlocked again
+ * 24: ... or mlocked once for each of its pages
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -35,8 +35,8 @@
 #include "hugepage_settings.h"
 #include "../../../../mm/gup_test.h"
 
-#define NR_FOLIOS	32
 #define NR_MOVES	4
+#define SZ_1M		0x100000UL
 
 /* What the kernel says about all folios of one size. */
 struct folio_stats {
@@ -90,7 +90,7 @@ static long read_named(const char *path, const char *name)
 static long read_vmstat(const char *name)
 {
 	/* Fold what CPUs have not yet added to the global counters */
-	write_file("/proc/sys/vm/stat_refresh", "1", 1);
+	write_num("/proc/sys/vm/stat_refresh", 1);
 	return read_named("/proc/vmstat", name);
 }
 
@@ -141,6 +141,7 @@ static uint64_t pattern(char *page, int round)
 FIXTURE(large_folio) {
 	int node[2];
 	size_t size;		/* of a folio */
+	int nr_folios;
 	size_t len;		/* of all of them */
 	char *mem;
 	char *reserved;		/* what setup mapped, for teardown */
@@ -192,7 +193,8 @@ FIXTURE_SETUP(large_folio)
 	self->nr_unevictable = read_vmstat("nr_unevictable");
 
 	/* Room to align, and for mremap_across_page_tables() */
-	self->len = NR_FOLIOS * self->size;
+	self->nr_folios = self->size >= SZ_1M ? 8 : 32;
+	self->len = self->nr_folios * self->size;
 	self->reserved_len = 3 * self->len + 2 * read_pmd_pagesize();
 	self->reserved = mmap(NULL, self->reserved_len, PROT_NONE,
 			      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -237,15 +239,32 @@ static long bad_page(FIXTURE_DATA(large_folio) * self, char *at, size_t step)
 	return -1;
 }
 
-static long page_elsewhere(FIXTURE_DATA(large_folio) * self, int node, size_t step)
+/* First page that is not on @node; -1 if all are. */
+static long page_elsewhere(FIXTURE_DATA(large_folio) * self, int node,
+			   size_t step)
 {
-	for (size_t off = 0; off < self->len; off += step)
-		if (node_of(self->mem + off) != node)
-			return off / psize();
-	return -1;
+	size_t nr = self->len / step;
+	void **pages = calloc(nr, sizeof(*pages));
+	int *status = calloc(nr, sizeof(*status));
+	long bad = 0;
+
+	if (!pages || !status)
+		goto out;
+	for (size_t i = 0; i < nr; i++)
+		pages[i] = self->mem + i * step;
+	if (syscall(__NR_move_pages, 0, nr, pages, NULL, status, 0))
+		goto out;
+	for (size_t i = nr; i > 0; i--)
+		if (status[i - 1] != node)
+			bad = i;
+	bad--;
+out:
+	free(pages);
+	free(status);
+	return bad;
 }
 
-/* Map NR_FOLIOS folios, fill them on node[0]; they count as nr_anon. */
+/* Map the folios, fill them on node[0]; they count as nr_anon. */
 static void populate(struct __test_metadata *_metadata,
 		     FIXTURE_DATA(large_folio) * self)
 {
@@ -257,7 +276,7 @@ static void populate(struct __test_metadata *_metadata,
 	ASSERT_EQ(madvise(mem, self->len, MADV_HUGEPAGE), 0);
 	write_pattern(self);
 	ASSERT_EQ(folio_stat(self->size, "nr_anon"),
-		  self->before.nr_anon + NR_FOLIOS) {
+		  self->before.nr_anon + self->nr_folios) {
 		TH_LOG("memory is not made of %zu kB folios", self->size / 1024);
 	}
 }
@@ -269,7 +288,7 @@ static void map_by_ptes(struct __test_metadata *_metadata,
 	if (self->size < read_pmd_pagesize())
 		return;
 	/* Protecting one page splits the PMD; the VMAs merge again */
-	for (int i = 0; i < NR_FOLIOS; i++) {
+	for (int i = 0; i < self->nr_folios; i++) {
 		char *page = folio_addr(self, i) + psize();
 
 		ASSERT_EQ(mprotect(page, psize(), PROT_READ), 0);
@@ -302,7 +321,7 @@ static void expect_whole(struct __test_metadata *_metadata,
 {
 	struct folio_stats now = read_folio_stats(self->size);
 
-	EXPECT_EQ(now.nr_anon - self->before.nr_anon, NR_FOLIOS);
+	EXPECT_EQ(now.nr_anon - self->before.nr_anon, self->nr_folios);
 	EXPECT_EQ(now.split - self->before.split, 0);
 	EXPECT_EQ(now.split_deferred - self->before.split_deferred, 0);
 	EXPECT_EQ(now.nr_anon_partially_mapped -
@@ -356,7 +375,7 @@ static void end_child(struct child *child)
 
 /* --- partially mapped, or not -------------------------------------------- */
 
-/* Kills mutant 11. */
+/* Kills mutant 21. */
 TEST_F(large_folio, stays_whole)
 {
 	populate(_metadata, self);
@@ -365,11 +384,11 @@ TEST_F(large_folio, stays_whole)
 	expect_whole(_metadata, self);
 }
 
-/* A VMA ends in the middle of every folio. Kills mutant 11. */
+/* A VMA ends in the middle of every folio. Kills mutant 21. */
 TEST_F(large_folio, straddles_vmas)
 {
 	populate(_metadata, self);
-	for (int i = 0; i < NR_FOLIOS; i++)
+	for (int i = 0; i < self->nr_folios; i++)
 		ASSERT_EQ(mprotect(folio_addr(self, i), self->size / 2,
 				   PROT_READ), 0);
 	move_often(_metadata, self, self->mem);
@@ -389,7 +408,7 @@ static void mremap_across_page_tables(struct __test_metadata *_metadata,
 	self->mem = new;
 }
 
-/* One of the folios crosses from one page table to the next. Kills mutant 11. */
+/* One of the folios crosses from one page table to the next. Kills mutant 21. */
 TEST_F(large_folio, straddles_page_tables)
 {
 	char *at = self->mem;
@@ -402,7 +421,7 @@ TEST_F(large_folio, straddles_page_tables)
 
 static bool unmap_second_halves(FIXTURE_DATA(large_folio) * self)
 {
-	for (int i = 0; i < NR_FOLIOS; i++)
+	for (int i = 0; i < self->nr_folios; i++)
 		if (munmap(folio_addr(self, i) + self->size / 2,
 			   self->size / 2))
 			return false;
@@ -411,7 +430,7 @@ static bool unmap_second_halves(FIXTURE_DATA(large_folio) * self)
 
 /*
  * A child maps only a half of each folio; the parent still maps all of it, by
- * a PMD if it can. Kills mutant 11.
+ * a PMD if it can. Kills mutant 21.
  */
 TEST_F(large_folio, child_maps_half)
 {
@@ -443,7 +462,7 @@ static void mix_exclusive(struct __test_metadata *_metadata,
 		SKIP(return, "writing after fork copies pages of a folio");
 }
 
-/* Kills mutant 11. */
+/* Kills mutant 21. */
 TEST_F(large_folio, exclusive_in_part)
 {
 	populate(_metadata, self);
@@ -470,7 +489,7 @@ static int pin(char *addr, size_t size)
 
 /*
  * The first pages become migration entries, then a pinned exclusive page stops
- * it: the folio must be left as it was. Kills mutant 11.
+ * it: the folio must be left as it was. Kills mutant 21.
  */
 TEST_F(large_folio, aborted_unmap)
 {
@@ -502,13 +521,13 @@ TEST_F(large_folio, partially_mapped)
 	ASSERT_TRUE(unmap_second_halves(self));
 	now = read_folio_stats(self->size);
 	EXPECT_EQ(now.nr_anon_partially_mapped -
-		  self->before.nr_anon_partially_mapped, NR_FOLIOS);
+		  self->before.nr_anon_partially_mapped, self->nr_folios);
 
-	for (int i = 0; i < NR_FOLIOS; i++)
+	for (int i = 0; i < self->nr_folios; i++)
 		ASSERT_EQ(mbind_node(folio_addr(self, i), self->size / 2,
 				     self->node[1], MPOL_MF_MOVE), 0);
 	now = read_folio_stats(self->size);
-	EXPECT_EQ(now.split - self->before.split, NR_FOLIOS);
+	EXPECT_EQ(now.split - self->before.split, self->nr_folios);
 	EXPECT_EQ(now.nr_anon_partially_mapped,
 		  self->before.nr_anon_partially_mapped);
 	EXPECT_EQ(bad_page(self, self->mem, self->size), -1);
@@ -519,7 +538,7 @@ static void *zap_second_halves(void *arg)
 {
 	FIXTURE_DATA(large_folio) * self = arg;
 
-	for (int i = 0; i < NR_FOLIOS; i++)
+	for (int i = 0; i < self->nr_folios; i++)
 		madvise(folio_addr(self, i) + self->size / 2, self->size / 2,
 			MADV_DONTNEED);
 	return NULL;
@@ -528,7 +547,7 @@ static void *zap_second_halves(void *arg)
 /*
  * Halves of folios are zapped while their pages are migration entries or are
  * not; all of the folios are partially mapped in the end, so all that are not
- * split yet must be marked. Kills mutant 12, by chance: many rounds.
+ * split yet must be marked. Kills mutant 22, by chance: many rounds.
  */
 TEST_F(large_folio, zapped_while_moving)
 {
@@ -566,12 +585,20 @@ static void drain_lru(struct __test_metadata *_metadata,
 	munmap(page, psize());
 }
 
-static void expect_mlocked(struct __test_metadata *_metadata,
-			   FIXTURE_DATA(large_folio) * self, size_t nr)
+/* So many pages more than before are mlocked, by whatever process. */
+static void expect_nr_mlock(struct __test_metadata *_metadata,
+			    FIXTURE_DATA(large_folio) * self, size_t nr)
 {
 	drain_lru(_metadata, self);
 	EXPECT_EQ(read_vmstat("nr_mlock") - self->nr_mlock, nr);
 	EXPECT_EQ(read_vmstat("nr_unevictable") - self->nr_unevictable, nr);
+}
+
+/* ... by this one, which shares them with nobody. */
+static void expect_mlocked(struct __test_metadata *_metadata,
+			   FIXTURE_DATA(large_folio) * self, size_t nr)
+{
+	expect_nr_mlock(_metadata, self, nr);
 	EXPECT_EQ(read_named("/proc/self/smaps_rollup", "Locked"),
 		  nr * psize() / 1024);
 }
@@ -597,7 +624,7 @@ static void mlock_all(struct __test_metadata *_metadata,
 	expect_mlocked(_metadata, self, nr_pages(self));
 }
 
-/* Kills mutants 13 and 14. */
+/* Kills mutants 23 and 24. */
 TEST_F(large_folio, stays_mlocked)
 {
 	mlock_all(_metadata, self);
@@ -608,11 +635,11 @@ TEST_F(large_folio, stays_mlocked)
 	expect_mlocked(_metadata, self, 0);
 }
 
-/* Both VMAs are VM_LOCKED, neither has all of a folio. Kills mutant 13. */
+/* Both VMAs are VM_LOCKED, neither has all of a folio. Kills mutant 23. */
 TEST_F(large_folio, mlocked_in_two_vmas)
 {
 	mlock_all(_metadata, self);
-	for (int i = 0; i < NR_FOLIOS; i++)
+	for (int i = 0; i < self->nr_folios; i++)
 		ASSERT_EQ(mprotect(folio_addr(self, i), self->size / 2,
 				   PROT_READ), 0);
 	expect_mlocked(_metadata, self, nr_pages(self));
@@ -623,12 +650,14 @@ TEST_F(large_folio, mlocked_in_two_vmas)
 
 static bool mlock_in_child(FIXTURE_DATA(large_folio) * self)
 {
-	return mlock(self->mem, self->len) == 0;
+	/* mlock() of a writable mapping would copy the pages */
+	return mprotect(self->mem, self->len, PROT_READ) == 0 &&
+	       mlock(self->mem, self->len) == 0;
 }
 
 /*
- * Two processes mlocked the folios: one munlocks, one is left. Kills mutant 14,
- * and 13.
+ * Two processes mlocked the folios: when the child ends, one mlock is left.
+ * Kills mutants 23 and 24.
  */
 TEST_F(large_folio, mlocked_twice)
 {
@@ -639,15 +668,14 @@ TEST_F(large_folio, mlocked_twice)
 	child = start_child(self, mlock_in_child);
 	ASSERT_TRUE(child_is_ready(&child));
 	move_to(_metadata, self, self->node[1]);
-	expect_mlocked(_metadata, self, nr_pages(self));
+	expect_nr_mlock(_metadata, self, nr_pages(self));
 	end_child(&child);
-	drain_lru(_metadata, self);
-	EXPECT_EQ(read_vmstat("nr_mlock") - self->nr_mlock, nr_pages(self));
+	expect_mlocked(_metadata, self, nr_pages(self));
 	ASSERT_EQ(munlock(self->mem, self->len), 0);
 	expect_mlocked(_metadata, self, 0);
 }
 
-/* The unmap of a folio is aborted after its first pages. Kills mutant 13. */
+/* The unmap of a folio is aborted after its first pages. Kills mutant 23. */
 TEST_F(large_folio, mlocked_and_aborted)
 {
 	int fd;
