@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help deps tree export mail kernel guest run check check-all mutants \
-	bench profile soak clean distclean
+	bench profile clean distclean
 
 # Debian's packages: installed when root, named otherwise.
 deps:
@@ -49,14 +49,11 @@ guest: deps ## an interactive shell in the lab kernel, NAME=series-lab [GUEST="-
 mutants: deps ## boot a kernel with planted bugs: each must be caught by the test named for it
 	@scripts/mutants
 
-bench: deps ## instruction counts, stock against series, as JSON, table and chart [SCENARIO=name]
+bench: deps ## instruction counts, stock against series: JSON, table, chart [SCENARIO="a b"]
 	@scripts/bench $(SCENARIO)
 
 profile: deps ## where the time of the fork-heavy mbind goes, by perf, stock against series
 	@scripts/profile
-
-soak: deps ## ten minutes of everything at once on the debug kernel
-	@scripts/soak
 
 clean: ## remove what was built; the fetched base and build/linux stay
 	rm -rf build/out build/src build/guest build/bench-bin build/log build/check

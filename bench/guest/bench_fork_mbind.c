@@ -91,7 +91,7 @@ static void parse(int argc, char **argv)
 		case 'j': jobs = parse_ulong("--jobs", optarg); break;
 		case 'p': cpu = parse_ulong("--cpu", optarg); break;
 		case 'n': pin = false; break;
-		case 'f': split_perf(optarg); break;
+		case 'f': split_perf(strdup(optarg)); break;
 		default: usage();
 		}
 	}
