@@ -50,8 +50,8 @@
 #include "vm_util.h"
 #include "hugepage_settings.h"
 
-/* More base pages than the kernel puts into one batch (512). */
-#define NR_BASE_PAGES		640
+/* A bit more than the kernel puts into one batch (512), in whole mTHPs. */
+#define NR_BASE_PAGES		528
 #define NR_THPS			2
 #define MTHP_SIZE		(64UL << 10)
 #define NR_COMPACTION_PAGES	4096
@@ -1260,7 +1260,7 @@ TEST_F_TIMEOUT(migrate_contents, soft_dirty, TIMEOUT_SEC)
 	for (page = grain; page < a->nr_pages; page += 2 * grain)
 		fill_page(a, page, 1, false);
 
-	for (round = 0; round <= NR_ROUNDS / 2; round++) {
+	for (round = 0; round <= nr_rounds(variant->by) / 2; round++) {
 		if (round)
 			move(_metadata, a, variant->by,
 			     a->nodes[(round + 1) % 2], a->nodes[round % 2]);
