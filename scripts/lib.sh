@@ -46,7 +46,8 @@ need_space()	# DIR MEGABYTES WHAT
 
 # Runs a command with its output in a log and, every few seconds, a line of how
 # far it is.  The expected number of seconds comes from earlier runs (or from
-# the caller, the first time), so that the time left can be shown.
+# the caller, the first time), so that the time left can be shown; with AFTER=
+# set to the seconds that later steps take, the time left of it all.
 progress()	# NAME EXPECTED-SECONDS LOG COMMAND...
 {
 	local name=$1 expect=$2 log=$3 record="$BUILD/seconds/$1" start pid now left
@@ -66,7 +67,11 @@ progress()	# NAME EXPECTED-SECONDS LOG COMMAND...
 		now=$((SECONDS - start))
 		[ $((now % ${PROGRESS:-20})) = 0 ] || continue
 		left=$((expect - now))
-		[ $left -gt 0 ] && left="about $(mmss $left) left" || left="longer than usual"
+		if [ $left -gt 0 ]; then
+			left="about $(mmss $left) left${AFTER:+, $(mmss $((left + AFTER))) in all}"
+		else
+			left="longer than usual${AFTER:+, then about $(mmss "$AFTER")}"
+		fi
 		say "$name: $(mmss $now), $left: $(tail -n 1 "$log" | tr -d '\r' | cut -c 1-60)"
 	done
 	trap - INT TERM
@@ -79,6 +84,12 @@ progress()	# NAME EXPECTED-SECONDS LOG COMMAND...
 		say "$name: failed after $(mmss $((SECONDS - start))); all of it: $log"
 		return $rc
 	fi
+}
+
+# Seconds that step NAME took the last time, or DEFAULT.
+took()	# NAME DEFAULT
+{
+	cat "$BUILD/seconds/$1" 2>/dev/null || echo "$2"
 }
 
 # One user of the build directories at a time.
