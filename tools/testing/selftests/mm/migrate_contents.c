@@ -13,7 +13,7 @@
  *
  * The accounts are those of the whole machine. main() therefore switches off
  * what migrates memory on its own (NUMA balancing, proactive compaction and
- * demotion), and no memory here is of a kind khugepaged would collapse. If the
+ * demotion), and khugepaged, which would collapse what a move has split. If the
  * counters say that somebody else migrated all the same, the move is repeated.
  *
  * Comments "Kills mutant N" name the deliberate bugs which a test was shown to
@@ -62,8 +62,8 @@
 /* Moves of an area, half of them in each direction. */
 #define NR_ROUNDS		4
 
-/* With a writer, moves during which it wrote; and it shall do some sweeps. */
-#define WRITER_SWEEPS		8
+/* With a writer, a move counts if it wrote that often to all pages meanwhile. */
+#define SWEEPS_PER_MOVE		2
 #define WRITER_MAX_ROUNDS	200
 
 /* How often to repeat what others disturbed. */
@@ -95,6 +95,7 @@ struct area {
 	int fd;			/* of the file, -1 for anonymous memory */
 	char *start;
 	size_t len;
+	size_t folio_size;	/* that page faults shall allocate */
 	size_t nr_pages;
 	size_t page_words;
 	bool *hole;		/* for each page: is it none of ours? */
@@ -228,14 +229,35 @@ static void restore_settings(void)
 			set(settings[i].path, settings[i].saved);
 }
 
+/*
+ * No page fault shall allocate large folios unless a test asks for it, and
+ * khugepaged shall stop: it does when there is no size left to collapse to.
+ */
+static void no_large_folios(void)
+{
+	struct thp_settings thp;
+	int i;
+
+	thp_save_settings();
+	thp_read_settings(&thp);
+	thp.thp_enabled = THP_MADVISE;
+	thp.thp_defrag = THP_DEFRAG_MADVISE;
+	thp.shmem_enabled = SHMEM_NEVER;
+	for (i = 0; i < NR_ORDERS; i++) {
+		thp.hugepages[i].enabled = THP_NEVER;
+		thp.shmem_hugepages[i].enabled = SHMEM_NEVER;
+	}
+	thp_write_settings(&thp);
+}
+
 /* What does not exist cannot disturb. */
 static void save_settings_and_be_quiet(void)
 {
 	size_t i;
 
 	main_pid = getpid();
-	if (thp_available())
-		thp_save_settings();
+	if (!geteuid() && thp_available())
+		no_large_folios();
 	atexit(restore_settings);
 
 	for (i = 0; i < ARRAY_SIZE(settings); i++) {
@@ -246,24 +268,13 @@ static void save_settings_and_be_quiet(void)
 	}
 }
 
-/* Have page faults allocate folios of @order, or base pages if it is 0. */
-static void set_thp_order(int order)
+/* May page faults in a MADV_HUGEPAGE area allocate folios of @size? */
+static void allow_large_folios(size_t size, bool allow)
 {
-	struct thp_settings thp;
-	int i;
+	char name[64];
 
-	if (!thp_available())
-		return;
-
-	thp_read_settings(&thp);
-	thp.thp_enabled = THP_MADVISE;
-	thp.thp_defrag = THP_DEFRAG_MADVISE;
-	thp.shmem_enabled = SHMEM_NEVER;
-	for (i = 0; i < NR_ORDERS; i++) {
-		thp.hugepages[i].enabled = i && i == order ? THP_MADVISE : THP_NEVER;
-		thp.shmem_hugepages[i].enabled = SHMEM_NEVER;
-	}
-	thp_write_settings(&thp);
+	snprintf(name, sizeof(name), "hugepages-%zukB/enabled", size >> 10);
+	thp_write_string(name, allow ? "madvise" : "never");
 }
 
 /* ------------------------------------------------------------------ */
@@ -568,8 +579,12 @@ static void populate(struct __test_metadata *_metadata, struct area *a)
 
 		ASSERT_EQ(ret, (ssize_t)a->len);
 	}
+	if (a->folio_size > psize())
+		allow_large_folios(a->folio_size, true);
 	for (i = 0; i < a->nr_pages; i++)
 		*(__u64 *)(a->start + i * psize()) = 0;
+	if (a->folio_size > psize())
+		allow_large_folios(a->folio_size, false);
 }
 
 /* Open what shows where pages are; false if the test is to be skipped. */
@@ -603,7 +618,7 @@ static char *map_aligned(struct __test_metadata *_metadata, size_t len,
 
 /* Map the area; false if the test is to be skipped. */
 static bool map_area(struct __test_metadata *_metadata, struct area *a,
-		     size_t nr_pages, size_t folio_pages)
+		     size_t nr_pages)
 {
 	int flags = MAP_PRIVATE | MAP_ANONYMOUS;
 
@@ -617,12 +632,11 @@ static bool map_area(struct __test_metadata *_metadata, struct area *a,
 			return false;
 		flags = MAP_SHARED;
 	}
-	a->start = map_aligned(_metadata, a->len, folio_pages * psize(), flags,
-			       a->fd);
+	a->start = map_aligned(_metadata, a->len, a->folio_size, flags, a->fd);
 
 	/* Without THP in the kernel there is nothing to advise against. */
 	madvise(a->start, a->len,
-		folio_pages > 1 ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+		a->folio_size > psize() ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 	/* Readahead would make large folios. */
 	if (is_file(a))
 		madvise(a->start, a->len, MADV_RANDOM);
@@ -655,10 +669,10 @@ static bool create_area(struct __test_metadata *_metadata, struct area *a,
 		    !(thp_supported_orders() & folio_pages))
 			SKIP(return false, "no folios of %lu bytes", MTHP_SIZE);
 	}
-	set_thp_order(sz2ord(folio_pages, 1));
+	a->folio_size = folio_pages * psize();
 
 	populate_process(_metadata, by);
-	if (!map_area(_metadata, a, nr_pages, folio_pages))
+	if (!map_area(_metadata, a, nr_pages))
 		return false;
 	alloc_scratch(_metadata, a);
 	populate(_metadata, a);
@@ -1182,13 +1196,12 @@ TEST_F_TIMEOUT(migrate_contents, writer, TIMEOUT_SEC)
 		__u64 old;
 
 		fill(a, round, true);
-		old = nr_writes(&writer);
+		old = nr_sweeps(&writer);
 		move(_metadata, a, variant->by, a->nodes[(round + 1) % 2],
 		     a->nodes[round % 2]);
-		nr_moves += nr_writes(&writer) != old;
+		nr_moves += nr_sweeps(&writer) >= old + SWEEPS_PER_MOVE;
 		look_after_writer(_metadata, &writer, round);
-		if (nr_moves >= nr_rounds(variant->by) &&
-		    nr_sweeps(&writer) >= WRITER_SWEEPS)
+		if (nr_moves >= nr_rounds(variant->by))
 			break;
 	}
 	ASSERT_LE(round, WRITER_MAX_ROUNDS) {
