@@ -115,6 +115,9 @@ static void region_map(struct region *r)
 	}
 	if (r->folio_kb > 4 && madvise(r->addr, r->bytes, MADV_HUGEPAGE))
 		die("MADV_HUGEPAGE: %s", strerror(errno));
+	/* Fails on a kernel without large folios, which is as good. */
+	if (r->folio_kb == 4)
+		madvise(r->addr, r->bytes, MADV_NOHUGEPAGE);
 }
 
 void region_unmap(struct region *r)

@@ -15,8 +15,9 @@
  * Every translated block is attributed to a function, and the way it ends is
  * decoded: call, ret, iret or other. When the next block starts, a shadow
  * stack is brought up to date: a call pushes, a ret pops down to the frame
- * that expects this address, a jump into another function (a tail call)
- * pushes a frame that the caller's ret pops with its own. A popped frame adds
+ * that expects this address, a jump into another function (a tail call; or a
+ * ret to where a function starts: a retpoline) pushes a frame that the
+ * caller's ret pops with its own. A popped frame adds
  * the instructions that its task executed since to its function, unless the
  * same function is still on the stack (recursion counts once).
  *
@@ -558,7 +559,11 @@ static void do_ret(struct cpu *c, struct stack *s, const struct tb *tb)
 			tail(c, s, tb->func, false);
 		return;
 	}
-	resync(c, s, tb);
+	/* A retpoline: the start of a function is jumped to by a ret. */
+	if (tb->start == tb->func_start)
+		tail(c, s, tb->func, true);
+	else
+		resync(c, s, tb);
 }
 
 static void advance(struct cpu *c, struct stack *s, const struct tb *tb);
