@@ -275,6 +275,8 @@ static void populate(struct __test_metadata *_metadata,
 	ASSERT_EQ(mbind_node(mem, self->len, self->node[0], 0), 0);
 	ASSERT_EQ(madvise(mem, self->len, MADV_HUGEPAGE), 0);
 	write_pattern(self);
+	/* No khugepaged here: it would mend what the tests look for */
+	ASSERT_EQ(madvise(mem, self->len, MADV_NOHUGEPAGE), 0);
 	ASSERT_EQ(folio_stat(self->size, "nr_anon"),
 		  self->before.nr_anon + self->nr_folios) {
 		TH_LOG("memory is not made of %zu kB folios", self->size / 1024);
