@@ -13,6 +13,7 @@
  * 22: pages that were zapped as migration entries are not noticed
  * 23: a folio that is mapped page by page is not mlocked again
  * 24: ... or mlocked once for each of its pages
+ * 25: ... or mlocked although mlock() did not
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -410,7 +411,7 @@ static void mremap_across_page_tables(struct __test_metadata *_metadata,
 	self->mem = new;
 }
 
-/* One of the folios crosses from one page table to the next. Kills mutant 21. */
+/* A folio (each, if PMD-sized) lies in two page tables. Kills mutant 21. */
 TEST_F(large_folio, straddles_page_tables)
 {
 	char *at = self->mem;
@@ -446,8 +447,11 @@ TEST_F(large_folio, child_maps_half)
 	end_child(&child);
 }
 
-/* Make the second half of each folio exclusive, and the first half not. */
-static void mix_exclusive(struct __test_metadata *_metadata,
+/*
+ * Make the second half of each folio exclusive, and the first half not. Returns
+ * false where writing after fork copies pages instead.
+ */
+static bool mix_exclusive(struct __test_metadata *_metadata,
 			  FIXTURE_DATA(large_folio) * self)
 {
 	struct child child = start_child(self, NULL);
@@ -459,16 +463,16 @@ static void mix_exclusive(struct __test_metadata *_metadata,
 		if (off % self->size >= self->size / 2)
 			*(uint64_t *)(self->mem + off) =
 				pattern(self->mem + off, self->round);
-	if (folio_stat(self->size, "nr_anon_partially_mapped") !=
-	    self->before.nr_anon_partially_mapped)
-		SKIP(return, "writing after fork copies pages of a folio");
+	return folio_stat(self->size, "nr_anon_partially_mapped") ==
+	       self->before.nr_anon_partially_mapped;
 }
 
 /* Kills mutant 21. */
 TEST_F(large_folio, exclusive_in_part)
 {
 	populate(_metadata, self);
-	mix_exclusive(_metadata, self);
+	if (!mix_exclusive(_metadata, self))
+		SKIP(return, "writing after fork copies pages of a folio");
 	move_often(_metadata, self, self->mem);
 	expect_whole(_metadata, self);
 }
@@ -498,7 +502,8 @@ TEST_F(large_folio, aborted_unmap)
 	int fd;
 
 	populate(_metadata, self);
-	mix_exclusive(_metadata, self);
+	if (!mix_exclusive(_metadata, self))
+		SKIP(return, "writing after fork copies pages of a folio");
 	fd = pin(self->mem + self->size / 2, psize());
 	if (fd < 0)
 		SKIP(return, "no /sys/kernel/debug/gup_test to pin a page with");
@@ -683,7 +688,8 @@ TEST_F(large_folio, mlocked_and_aborted)
 	int fd;
 
 	populate(_metadata, self);
-	mix_exclusive(_metadata, self);
+	if (!mix_exclusive(_metadata, self))
+		SKIP(return, "writing after fork copies pages of a folio");
 	ASSERT_EQ(mlock(self->mem, self->len), 0);
 	expect_mlocked(_metadata, self, nr_pages(self));
 	fd = pin(self->mem + self->size / 2, psize());
@@ -693,6 +699,26 @@ TEST_F(large_folio, mlocked_and_aborted)
 	EXPECT_EQ(node_of(self->mem), self->node[0]);
 	expect_mlocked(_metadata, self, nr_pages(self));
 	close(fd);
+	ASSERT_EQ(munlock(self->mem, self->len), 0);
+	expect_mlocked(_metadata, self, 0);
+}
+
+/*
+ * mlock() passes over a folio that lies in two page tables; so does migration.
+ * Kills mutant 25.
+ */
+TEST_F(large_folio, mlock_across_page_tables)
+{
+	long nr_mlock;
+
+	populate(_metadata, self);
+	mremap_across_page_tables(_metadata, self);
+	ASSERT_EQ(mlock(self->mem, self->len), 0);
+	drain_lru(_metadata, self);
+	nr_mlock = read_vmstat("nr_mlock");
+	move_to(_metadata, self, self->node[1]);
+	drain_lru(_metadata, self);
+	EXPECT_EQ(read_vmstat("nr_mlock"), nr_mlock);
 	ASSERT_EQ(munlock(self->mem, self->len), 0);
 	expect_mlocked(_metadata, self, 0);
 }
