@@ -558,7 +558,7 @@ static void *zap_second_halves(void *arg)
  */
 TEST_F(large_folio, zapped_while_moving)
 {
-	for (int round = 0; round < 20; round++) {
+	for (int round = 0; round < 60; round++) {
 		struct folio_stats now;
 		pthread_t zapper;
 
