@@ -62,6 +62,7 @@ void region_fill(struct region *r, uint64_t seed);
 unsigned long region_bad_words(const struct region *r);
 unsigned long region_folios(const struct region *r);
 unsigned long region_intact_folios(const struct region *r);
+unsigned long region_mapcount(const struct region *r, size_t page);
 unsigned long region_pages_on(const struct region *r, int node);
 
 void drain_lru(void);
@@ -87,6 +88,25 @@ long stat_delta(const struct stats *a, const struct stats *b, const char *name);
 long smaps_kb(const void *addr, const char *field);
 long mem_free_kb(int node);
 int nr_nodes(void);
+
+/* flush.c: how TLB flushes are done, and how many calls there were */
+enum flush_mode { FLUSH_LOCAL, FLUSH_DEFERRED };
+
+void flush_mode_start(enum flush_mode mode, int cpu, bool helper_spins);
+void flush_mode_turn(void);
+const char *flush_mode_error(const struct stats *a, const struct stats *b,
+			     long ptes);
+void flush_trace_start(void);
+long flush_trace_end(void);
+
+/* children.c: children that do something, and then wait */
+typedef unsigned long (*child_fn)(unsigned long nr);
+
+unsigned long children_affordable(unsigned long want, unsigned long child_kb,
+				  unsigned long keep_kb);
+void children_start(unsigned long nr, unsigned long jobs, child_fn work,
+		    child_fn check);
+unsigned long children_end(unsigned long nr);
 
 /* json.c: one object per line on stdout */
 void json_begin(const char *prog);

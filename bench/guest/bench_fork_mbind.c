@@ -10,24 +10,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
-#include <poll.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "bench.h"
 
 #define PROG		"bench_fork_mbind"
-
-/* Kernel memory of a child: stack, mm, VMAs, page tables; measured ~190K. */
-#define CHILD_KB	256UL
-/* Left free for the rest of the guest, on top of the buffer itself. */
-#define RESERVE_KB	(192UL * 1024)
 
 static struct region buf = { .kind = MEM_ANON, .folio_kb = 4 };
 static unsigned long size_mb = 5, children = 1000, rounds = 4, jobs;
@@ -36,10 +25,6 @@ static int cpu;
 static bool pin = true;
 static const char *perf_ctl, *perf_ack;
 static int ctl_fd = -1, ack_fd = -1;
-
-/* Children report on one pipe and live until the other one is closed. */
-static int done_pipe[2], live_pipe[2];
-static pid_t *pids;
 
 static void usage(void)
 {
@@ -105,119 +90,28 @@ static void parse(int argc, char **argv)
 		touch = buf.bytes / BASE_PAGE;
 }
 
-/* As many children as the memory that is free now lets live. */
-static unsigned long affordable(unsigned long want)
+/* The child's own word per page, checked again when it is told to leave. */
+static unsigned long child_copies(unsigned long nr)
 {
-	unsigned long per_kb = touch * (BASE_PAGE / KB) + CHILD_KB;
-	unsigned long reserve = RESERVE_KB + 2 * buf.bytes / KB;
-	long free_kb = 0;
-	int node;
+	volatile uint64_t *w = (volatile uint64_t *)buf.addr;
+	const size_t step = BASE_PAGE / sizeof(*w);
+	long i;
 
-	for (node = 0; node < nr_nodes(); node++)
-		free_kb += mem_free_kb(node);
-	if ((unsigned long)free_kb < reserve + per_kb)
-		die("%ld kB free: not enough for one child of %lu kB and %lu kB kept back",
-		    free_kb, per_kb, reserve);
-	free_kb = (free_kb - reserve) / per_kb;
-	return want < (unsigned long)free_kb ? want : (unsigned long)free_kb;
+	run_anywhere();
+	for (i = 0; i < touch; i++)
+		w[i * step] = (nr << 32) + i;
+	return 0;
 }
 
-/* The child's own word per page, checked again when it is told to leave. */
-static void child_main(unsigned long nr)
+static unsigned long child_checks(unsigned long nr)
 {
 	volatile uint64_t *w = (volatile uint64_t *)buf.addr;
 	const size_t step = BASE_PAGE / sizeof(*w);
 	unsigned long bad = 0;
-	char done = 0;
 	long i;
 
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	run_anywhere();
-	close(live_pipe[1]);
-	close(done_pipe[0]);
-	for (i = 0; i < touch; i++)
-		w[i * step] = (nr << 32) + i;
-	if (write(done_pipe[1], &done, 1) != 1)
-		_exit(EXIT_UNABLE);
-	/* End of file is the event: the parent closed its end. */
-	while (read(live_pipe[0], &done, 1) < 0 && errno == EINTR)
-		;
 	for (i = 0; i < touch; i++)
 		bad += w[i * step] != (nr << 32) + i;
-	_exit(bad ? EXIT_WRONG : 0);
-}
-
-/* A child that was killed says nothing: look for its body now and then. */
-static void wait_one_done(void)
-{
-	struct pollfd pfd = { .fd = done_pipe[0], .events = POLLIN };
-	char c;
-
-	while (poll(&pfd, 1, 1000) <= 0)
-		if (waitpid(-1, NULL, WNOHANG) > 0)
-			die("a child died while it was copying the buffer (out of memory?)");
-	if (read(done_pipe[0], &c, 1) != 1)
-		die("pipe: %s", strerror(errno));
-}
-
-static void end_children(unsigned long nr)
-{
-	unsigned long i;
-
-	for (i = 0; i < nr; i++)
-		kill(pids[i], SIGKILL);
-}
-
-static void raise_process_limit(void)
-{
-	struct rlimit lim = { RLIM_INFINITY, RLIM_INFINITY };
-
-	setrlimit(RLIMIT_NPROC, &lim);
-	write_file("/proc/sys/kernel/pid_max", "65536");
-	write_file("/proc/sys/kernel/threads-max", "65536");
-}
-
-static void fork_children(unsigned long nr)
-{
-	uint64_t start = now_ns();
-	unsigned long i, running = 0;
-
-	pids = xcalloc(nr, sizeof(*pids));
-	if (pipe2(done_pipe, O_CLOEXEC) || pipe2(live_pipe, O_CLOEXEC))
-		die("pipe: %s", strerror(errno));
-	for (i = 0; i < nr; i++) {
-		pids[i] = fork();
-		if (pids[i] < 0) {
-			end_children(i);
-			die("fork of child %lu: %s", i, strerror(errno));
-		}
-		if (!pids[i])
-			child_main(i);
-		if (++running > jobs) {
-			wait_one_done();
-			running--;
-		}
-		if (i && !(i % 100))
-			progress("%lu of %lu children, about %lu s left", i, nr,
-				 (unsigned long)((now_ns() - start) / i *
-						 (nr - i) / 1000000000));
-	}
-	while (running--)
-		wait_one_done();
-}
-
-/* Returns how many children found their copy changed, or did not end well. */
-static unsigned long reap_children(unsigned long nr)
-{
-	unsigned long i, bad = 0;
-	int status;
-
-	close(live_pipe[1]);
-	for (i = 0; i < nr; i++) {
-		if (waitpid(pids[i], &status, 0) != pids[i] ||
-		    !WIFEXITED(status) || WEXITSTATUS(status))
-			bad++;
-	}
 	return bad;
 }
 
@@ -294,18 +188,18 @@ int main(int argc, char **argv)
 	if (nr_nodes() < 2)
 		die("two NUMA nodes are needed, this guest has %d", nr_nodes());
 	quiet_guest();
-	raise_process_limit();
 	region_make(&buf, 0);
 	perf_open();
 
-	nr = affordable(children);
+	nr = children_affordable(children, touch * (BASE_PAGE / KB),
+				 2 * buf.bytes / KB);
 	if (nr < children)
 		progress("memory for %lu of %lu children only", nr, children);
-	fork_children(nr);
+	children_start(nr, jobs, child_copies, child_checks);
 	progress("%lu children have copied %ld pages each", nr, touch);
 	for (r = 0; r < rounds; r++)
 		ok &= one_round(r, nr);
-	bad = reap_children(nr);
+	bad = children_end(nr);
 	if (bad) {
 		ok = false;
 		progress("%lu children found their memory changed, or died", bad);

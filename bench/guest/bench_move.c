@@ -6,24 +6,17 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <getopt.h>
-#include <linux/futex.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "bench.h"
 
 #define PROG	"bench_move"
 
-enum flush_mode { FLUSH_LOCAL, FLUSH_DEFERRED };
-
 static struct region mem = { .kind = MEM_ANON, .folio_kb = 4 };
 static unsigned long size_mb = 32, rounds = 5;
 static enum flush_mode mode = FLUSH_DEFERRED;
-static bool use_move_pages, spin, fresh;
+static bool use_move_pages, spin, fresh, trace_flushes;
 static int cpu;
 
 static void usage(void)
@@ -41,6 +34,8 @@ static void usage(void)
 "                      or one a batch because it ran on two (deferred)\n"
 "  --spin              deferred: the other thread runs all the time, so that\n"
 "                      flushes are sent to it (its instructions count as time)\n"
+"  --trace-flushes     one more round, not counted, with the calls of TLB flushes\n"
+"                      traced\n"
 "  --cpu N             where the mover runs (0)\n");
 	exit(EXIT_UNABLE);
 }
@@ -63,6 +58,7 @@ static void parse(int argc, char **argv)
 		{ "mode", required_argument, NULL, 'd' },
 		{ "fresh", no_argument, NULL, 'n' },
 		{ "spin", no_argument, NULL, 's' },
+		{ "trace-flushes", no_argument, NULL, 't' },
 		{ "cpu", required_argument, NULL, 'c' },
 		{ }
 	};
@@ -87,6 +83,7 @@ static void parse(int argc, char **argv)
 		case 'c': cpu = parse_ulong("--cpu", optarg); break;
 		case 'n': fresh = true; break;
 		case 's': spin = true; break;
+		case 't': trace_flushes = true; break;
 		default: usage();
 		}
 	}
@@ -97,94 +94,6 @@ static void parse(int argc, char **argv)
 		usage();
 	if (spin && mode == FLUSH_LOCAL)
 		die("--spin needs --mode deferred");
-}
-
-/*
- * The helper makes this mm one that runs on two CPUs. Before each round it
- * is woken, loads the mm on its CPU and, unless it is to spin, sleeps again:
- * its CPU stays in the mm's mask, but adds no instructions.
- */
-static atomic_uint turn, answered;
-
-static void futex_wait(atomic_uint *word, unsigned int val)
-{
-	syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, val, NULL, NULL, 0);
-}
-
-static void futex_wake(atomic_uint *word)
-{
-	syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
-}
-
-static void *helper_main(void *arg)
-{
-	unsigned int seen = 0, now;
-
-	pin_to_cpu(*(int *)arg);
-	for (;;) {
-		while ((now = atomic_load(&turn)) == seen) {
-			if (!spin)
-				futex_wait(&turn, seen);
-			__builtin_ia32_pause();
-		}
-		seen = now;
-		atomic_store(&answered, now);
-		futex_wake(&answered);
-	}
-	return NULL;
-}
-
-static void helper_start(void)
-{
-	static int helper_cpu;
-	pthread_t thread;
-	int ret;
-
-	if (mode == FLUSH_LOCAL)
-		return;
-	helper_cpu = other_online_cpu(cpu);
-	ret = pthread_create(&thread, NULL, helper_main, &helper_cpu);
-	if (ret)
-		die("cannot start the second thread: %s", strerror(ret));
-}
-
-static void helper_turn(void)
-{
-	unsigned int now;
-
-	if (mode == FLUSH_LOCAL)
-		return;
-	now = atomic_fetch_add(&turn, 1) + 1;
-	futex_wake(&turn);
-	while (atomic_load(&answered) != now)
-		futex_wait(&answered, now - 1);
-	/* It must be asleep again, or its last steps would be counted. */
-	if (!spin)
-		usleep(5000);
-}
-
-/*
- * Local: nothing was sent to another CPU. Deferred: something was, and far
- * fewer flushes than page-table entries (those of PMD-mapped folios are never
- * deferred, so there the second half cannot be asked for).
- */
-static const char *flush_mode_error(const struct stats *a, const struct stats *b)
-{
-	long remote = stat_delta(a, b, "nr_tlb_remote_flush");
-	long local = stat_delta(a, b, "nr_tlb_local_flush_one") +
-		     stat_delta(a, b, "nr_tlb_local_flush_all");
-	long ptes = mem.folio_kb == PMD_KB ? 0 : mem.bytes / BASE_PAGE;
-	long flushes = remote > local ? remote : local;
-
-	if (stat_get(b, "nr_tlb_remote_flush") < 0)
-		return "the kernel has no nr_tlb_* counters (CONFIG_DEBUG_TLBFLUSH)";
-	if (mode == FLUSH_LOCAL && remote)
-		return "mode local was asked for, but flushes were sent to other CPUs";
-	if (mode == FLUSH_DEFERRED && !remote)
-		return "mode deferred was asked for, but no flush was sent to another CPU";
-	if (mode == FLUSH_DEFERRED && ptes && flushes * 2 > ptes)
-		return "mode deferred was asked for, but flushes were not batched";
-	return NULL;
 }
 
 struct round {
@@ -202,7 +111,7 @@ static bool round_ok(const struct round *r)
 	       r->there == mem.bytes / BASE_PAGE;
 }
 
-static void round_print(const struct round *r)
+static void print_head(void)
 {
 	json_begin(PROG);
 	json_str("kind", mem.kind == MEM_ANON ? "anon" : "shmem");
@@ -211,6 +120,11 @@ static void round_print(const struct round *r)
 	json_str("mode", mode == FLUSH_LOCAL ? "local" : "deferred");
 	json_bool("spin", spin);
 	json_bool("fresh", fresh);
+}
+
+static void round_print(const struct round *r)
+{
+	print_head();
 	json_int("interval", r->interval);
 	json_int("round", r->nr);
 	json_bool("warmup", !r->nr);
@@ -230,41 +144,79 @@ static void round_print(const struct round *r)
 	json_end();
 }
 
+static int move(int to)
+{
+	return use_move_pages ? move_folios(&mem, to) : mbind_move(&mem, to);
+}
+
 static void round_measure(struct round *r)
 {
-	helper_turn();
+	flush_mode_turn();
 	vmstat_read(&r->vm[0]);
 	mthp_read(&r->mthp[0], mem.folio_kb);
 	r->interval = mark_start();
 	r->ns = now_ns();
-	r->ret = use_move_pages ? move_folios(&mem, r->to) :
-				  mbind_move(&mem, r->to);
+	r->ret = move(r->to);
 	r->ns = now_ns() - r->ns;
 	mark_end();
 	vmstat_read(&r->vm[1]);
 	mthp_read(&r->mthp[1], mem.folio_kb);
 }
 
-static bool one_round(unsigned long nr)
+/* Returns the node to move to. */
+static int prepare(unsigned long nr)
 {
-	static struct round r;
-
-	r.nr = nr;
-	r.to = fresh ? 1 : (nr + 1) % 2;
 	if (fresh && nr) {
 		region_unmap(&mem);
 		region_make(&mem, 0);
 	}
 	region_fill(&mem, nr + 1);
+	return fresh ? 1 : (nr + 1) % 2;
+}
+
+static bool one_round(unsigned long nr)
+{
+	/* PMD-mapped folios are flushed one by one, whatever the mode. */
+	long ptes = mem.folio_kb == PMD_KB ? 0 : mem.bytes / BASE_PAGE;
+	static struct round r;
+
+	r.nr = nr;
+	r.to = prepare(nr);
 	round_measure(&r);
 	r.there = region_pages_on(&mem, r.to);
 	r.intact = region_intact_folios(&mem);
 	r.bad = region_bad_words(&mem);
-	r.flush_error = flush_mode_error(&r.vm[0], &r.vm[1]);
+	r.flush_error = flush_mode_error(&r.vm[0], &r.vm[1], ptes);
 	round_print(&r);
 	if (r.flush_error)
 		progress("round %lu: %s", nr, r.flush_error);
 	return round_ok(&r);
+}
+
+/* No "interval": what traces cannot be counted. */
+static bool traced_round(unsigned long nr)
+{
+	int to = prepare(nr), ret;
+	unsigned long bad, there;
+	long calls;
+
+	flush_mode_turn();
+	flush_trace_start();
+	ret = move(to);
+	calls = flush_trace_end();
+	there = region_pages_on(&mem, to);
+	bad = region_bad_words(&mem);
+	print_head();
+	json_bool("uncounted", true);
+	json_int("ret", ret);
+	json_int("pages", mem.bytes / BASE_PAGE);
+	json_int("folios", region_folios(&mem));
+	json_int("pages_there", there);
+	json_int("bad_words", bad);
+	json_int("tlb_flush_calls", calls);
+	json_bool("ok", !ret && !bad && there == mem.bytes / BASE_PAGE);
+	json_end();
+	return !ret && !bad && there == mem.bytes / BASE_PAGE;
 }
 
 int main(int argc, char **argv)
@@ -279,8 +231,10 @@ int main(int argc, char **argv)
 		die("two NUMA nodes are needed, this guest has %d", nr_nodes());
 	quiet_guest();
 	region_make(&mem, 0);
-	helper_start();
+	flush_mode_start(mode, cpu, spin);
 	for (nr = 0; nr < rounds; nr++)
 		ok &= one_round(nr);
+	if (trace_flushes)
+		ok &= traced_round(nr);
 	return ok ? 0 : EXIT_WRONG;
 }

@@ -217,6 +217,24 @@ unsigned long region_intact_folios(const struct region *r)
 	return intact;
 }
 
+/* In how many page tables the @page-th page of the region is mapped. */
+unsigned long region_mapcount(const struct region *r, size_t page)
+{
+	uint64_t *map, pfn, count;
+	size_t nr;
+	int fd;
+
+	map = read_pagemap(r, &nr);
+	pfn = map[page] & PM_PFN;
+	free(map);
+	fd = open("/proc/kpagecount", O_RDONLY | O_CLOEXEC);
+	if (fd < 0 || pread(fd, &count, sizeof(count), pfn * sizeof(count)) !=
+		      sizeof(count))
+		die("/proc/kpagecount: %s", strerror(errno));
+	close(fd);
+	return count;
+}
+
 /* Nodes of every base page, asked of the kernel: move_pages with no target. */
 unsigned long region_pages_on(const struct region *r, int node)
 {
