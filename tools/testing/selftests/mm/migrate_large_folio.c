@@ -16,122 +16,21 @@
  * 25: ... or mlocked although mlock() did not
  */
 #define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
-#include <unistd.h>
-#include <linux/mempolicy.h>
 
 #include "kselftest_harness.h"
-#include "vm_util.h"
-#include "hugepage_settings.h"
-#include "../../../../mm/gup_test.h"
+#include "migrate_util.h"
 
 #define NR_MOVES	4
 #define SZ_1M		0x100000UL
-
-/* What the kernel says about all folios of one size. */
-struct folio_stats {
-	unsigned long nr_anon;
-	unsigned long nr_anon_partially_mapped;
-	unsigned long split_deferred;
-	unsigned long split;
-};
-
-static unsigned long folio_stat(size_t size, const char *name)
-{
-	char path[128];
-
-	snprintf(path, sizeof(path),
-		 "/sys/kernel/mm/transparent_hugepage/hugepages-%zukB/stats/%s",
-		 size / 1024, name);
-	return read_num(path);
-}
-
-static struct folio_stats read_folio_stats(size_t size)
-{
-	return (struct folio_stats) {
-		.nr_anon = folio_stat(size, "nr_anon"),
-		.nr_anon_partially_mapped =
-			folio_stat(size, "nr_anon_partially_mapped"),
-		.split_deferred = folio_stat(size, "split_deferred"),
-		.split = folio_stat(size, "split"),
-	};
-}
-
-/* One number out of a file of "name number" lines, -1 if it is not there. */
-static long read_named(const char *path, const char *name)
-{
-	char line[256], key[64];
-	long value, found = -1;
-	FILE *file = fopen(path, "r");
-
-	if (!file)
-		return -1;
-	while (fgets(line, sizeof(line), file)) {
-		if (sscanf(line, "%63[^: ]%*[: ]%ld", key, &value) == 2 &&
-		    !strcmp(key, name)) {
-			found = value;
-			break;
-		}
-	}
-	fclose(file);
-	return found;
-}
 
 static long read_vmstat(const char *name)
 {
 	/* Fold what CPUs have not yet added to the global counters */
 	write_num("/proc/sys/vm/stat_refresh", 1);
 	return read_named("/proc/vmstat", name);
-}
-
-static int mbind_node(void *addr, size_t len, int node, int flags)
-{
-	unsigned long mask = 1UL << node;
-
-	return syscall(__NR_mbind, addr, len, MPOL_BIND, &mask,
-		       8 * sizeof(mask), flags);
-}
-
-static int node_of(void *addr)
-{
-	int status = -1;
-
-	if (syscall(__NR_move_pages, 0, 1, &addr, NULL, &status, 0))
-		return -errno;
-	return status;
-}
-
-/* Two nodes with memory, from the list in sysfs ("0-1", "0,2", ...) */
-static bool two_nodes(int node[2])
-{
-	char buf[64];
-	int n = 0;
-
-	if (read_file("/sys/devices/system/node/has_memory", buf,
-		      sizeof(buf)) <= 0)
-		return false;
-	for (char *p = buf; *p && n < 2;) {
-		int first = strtol(p, &p, 10), last = first;
-
-		if (*p == '-')
-			last = strtol(p + 1, &p, 10);
-		while (first <= last && n < 2)
-			node[n++] = first++;
-		if (*p++ != ',')
-			break;
-	}
-	return n == 2;
 }
 
 static uint64_t pattern(char *page, int round)
@@ -165,7 +64,6 @@ FIXTURE_VARIANT_ADD(large_folio, pmd) { .kb = 0 };
 
 FIXTURE_SETUP(large_folio)
 {
-	struct thp_settings settings;
 	int order;
 
 	if (geteuid())
@@ -180,16 +78,7 @@ FIXTURE_SETUP(large_folio)
 	if (!(thp_supported_orders() & (1UL << order)))
 		SKIP(return, "no folios of %zu kB", self->size / 1024);
 
-	thp_save_settings();
-	thp_read_settings(&settings);
-	settings.thp_enabled = THP_MADVISE;
-	settings.use_zero_page = false;
-	settings.khugepaged.defrag = false;
-	for (int i = 0; i < NR_ORDERS; i++)
-		settings.hugepages[i].enabled = THP_NEVER;
-	settings.hugepages[order].enabled = THP_MADVISE;
-	thp_push_settings(&settings);
-
+	use_folios_of(self->size);
 	self->nr_mlock = read_vmstat("nr_mlock");
 	self->nr_unevictable = read_vmstat("nr_unevictable");
 
@@ -331,51 +220,6 @@ static void expect_whole(struct __test_metadata *_metadata,
 		  self->before.nr_anon_partially_mapped, 0);
 }
 
-/* A child that does @work and stays until it is told to end. */
-struct child {
-	pid_t pid;
-	int ready;	/* read end: one byte when the child's work is done */
-	int go;		/* write end: closed to end the child */
-};
-
-static struct child start_child(FIXTURE_DATA(large_folio) * self,
-				bool (*work)(FIXTURE_DATA(large_folio) * self))
-{
-	int ready[2], go[2];
-	struct child child;
-	char byte = 0;
-
-	if (pipe(ready) || pipe(go))
-		return (struct child) { .pid = -1 };
-	child = (struct child) { fork(), ready[0], go[1] };
-	if (!child.pid) {
-		close(ready[0]);
-		close(go[1]);
-		byte = !work || work(self);
-		if (write(ready[1], &byte, 1) == 1)
-			byte = read(go[0], &byte, 1);
-		/* The child still sees what it saw */
-		_exit(0);
-	}
-	close(ready[1]);
-	close(go[0]);
-	return child;
-}
-
-static bool child_is_ready(struct child *child)
-{
-	char byte = 0;
-
-	return child->pid > 0 && read(child->ready, &byte, 1) == 1 && byte;
-}
-
-static void end_child(struct child *child)
-{
-	close(child->go);
-	close(child->ready);
-	waitpid(child->pid, NULL, 0);
-}
-
 /* --- partially mapped, or not -------------------------------------------- */
 
 /* Kills mutant 21. */
@@ -422,8 +266,10 @@ TEST_F(large_folio, straddles_page_tables)
 	expect_whole(_metadata, self);
 }
 
-static bool unmap_second_halves(FIXTURE_DATA(large_folio) * self)
+static bool unmap_second_halves(void *arg)
 {
+	FIXTURE_DATA(large_folio) * self = arg;
+
 	for (int i = 0; i < self->nr_folios; i++)
 		if (munmap(folio_addr(self, i) + self->size / 2,
 			   self->size / 2))
@@ -440,7 +286,7 @@ TEST_F(large_folio, child_maps_half)
 	struct child child;
 
 	populate(_metadata, self);
-	child = start_child(self, unmap_second_halves);
+	child = start_child(unmap_second_halves, NULL, self);
 	ASSERT_TRUE(child_is_ready(&child));
 	move_often(_metadata, self, self->mem);
 	expect_whole(_metadata, self);
@@ -454,7 +300,7 @@ TEST_F(large_folio, child_maps_half)
 static bool mix_exclusive(struct __test_metadata *_metadata,
 			  FIXTURE_DATA(large_folio) * self)
 {
-	struct child child = start_child(self, NULL);
+	struct child child = start_child(NULL, NULL, NULL);
 
 	ASSERT_TRUE(child_is_ready(&child));
 	end_child(&child);
@@ -477,22 +323,6 @@ TEST_F(large_folio, exclusive_in_part)
 	expect_whole(_metadata, self);
 }
 
-static int pin(char *addr, size_t size)
-{
-	struct pin_longterm_test args = {
-		.addr = (uintptr_t)addr,
-		.size = size,
-		.flags = PIN_LONGTERM_TEST_FLAG_USE_WRITE,
-	};
-	int fd = open("/sys/kernel/debug/gup_test", O_RDWR);
-
-	if (fd >= 0 && ioctl(fd, PIN_LONGTERM_TEST_START, &args)) {
-		close(fd);
-		return -1;
-	}
-	return fd;
-}
-
 /*
  * The first pages become migration entries, then a pinned exclusive page stops
  * it: the folio must be left as it was. Kills mutant 21.
@@ -504,7 +334,8 @@ TEST_F(large_folio, aborted_unmap)
 	populate(_metadata, self);
 	if (!mix_exclusive(_metadata, self))
 		SKIP(return, "writing after fork copies pages of a folio");
-	fd = pin(self->mem + self->size / 2, psize());
+	fd = pin(self->mem + self->size / 2, psize(),
+		 PIN_LONGTERM_TEST_FLAG_USE_WRITE);
 	if (fd < 0)
 		SKIP(return, "no /sys/kernel/debug/gup_test to pin a page with");
 	move_to(_metadata, self, self->node[1]);
@@ -655,8 +486,10 @@ TEST_F(large_folio, mlocked_in_two_vmas)
 	expect_mlocked(_metadata, self, 0);
 }
 
-static bool mlock_in_child(FIXTURE_DATA(large_folio) * self)
+static bool mlock_in_child(void *arg)
 {
+	FIXTURE_DATA(large_folio) * self = arg;
+
 	/* mlock() of a writable mapping would copy the pages */
 	return mprotect(self->mem, self->len, PROT_READ) == 0 &&
 	       mlock(self->mem, self->len) == 0;
@@ -672,7 +505,7 @@ TEST_F(large_folio, mlocked_twice)
 
 	mlock_all(_metadata, self);
 	map_by_ptes(_metadata, self);
-	child = start_child(self, mlock_in_child);
+	child = start_child(mlock_in_child, NULL, self);
 	ASSERT_TRUE(child_is_ready(&child));
 	move_to(_metadata, self, self->node[1]);
 	expect_nr_mlock(_metadata, self, nr_pages(self));
@@ -692,7 +525,8 @@ TEST_F(large_folio, mlocked_and_aborted)
 		SKIP(return, "writing after fork copies pages of a folio");
 	ASSERT_EQ(mlock(self->mem, self->len), 0);
 	expect_mlocked(_metadata, self, nr_pages(self));
-	fd = pin(self->mem + self->size / 2, psize());
+	fd = pin(self->mem + self->size / 2, psize(),
+		 PIN_LONGTERM_TEST_FLAG_USE_WRITE);
 	if (fd < 0)
 		SKIP(return, "no /sys/kernel/debug/gup_test to pin a page with");
 	move_to(_metadata, self, self->node[1]);
