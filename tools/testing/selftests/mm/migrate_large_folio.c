@@ -389,7 +389,9 @@ static void *zap_second_halves(void *arg)
  */
 TEST_F(large_folio, zapped_while_moving)
 {
-	for (int round = 0; round < 60; round++) {
+	const time_t end = time(NULL) + 10;
+
+	for (int round = 0; round < 60 && time(NULL) < end; round++) {
 		struct folio_stats now;
 		pthread_t zapper;
 
