@@ -1318,7 +1318,7 @@ static bool split_to(struct area *a, int order)
 	return write_str("/sys/kernel/debug/split_huge_pages", cmd);
 }
 
-/* Folios are split that children have as well, by PMDs. */
+/* Folios are split that children have as well, by PMDs. Kills mutant 40. */
 TEST_F(pte_batch_split, shared)
 {
 	struct area *a = &self->a;
