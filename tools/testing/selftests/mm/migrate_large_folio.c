@@ -18,8 +18,8 @@
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <sys/mman.h>
-#include <time.h>
 
 #include "kselftest_harness.h"
 #include "migrate_util.h"
@@ -373,35 +373,64 @@ TEST_F(large_folio, partially_mapped)
 	EXPECT_EQ(page_elsewhere(self, self->node[1], self->size), -1);
 }
 
+struct zapper {
+	FIXTURE_DATA(large_folio) * self;
+	int pagemap;
+	atomic_bool moved;	/* nothing to wait for any more */
+};
+
+/* Migration entries read as swapped pages. */
+static bool is_entry(struct zapper *z, char *page)
+{
+	return pagemap_get_entry(z->pagemap, page) & PM_SWAP;
+}
+
+static void zap_entries(struct zapper *z, char *half, bool *zapped)
+{
+	if (!*zapped && (z->moved || is_entry(z, half)))
+		*zapped = !madvise(half, z->self->size / 2, MADV_DONTNEED);
+}
+
+/* Second halves of folios go, if they can be caught, as migration entries. */
 static void *zap_second_halves(void *arg)
 {
-	FIXTURE_DATA(large_folio) * self = arg;
+	struct zapper *z = arg;
+	const int nr = z->self->nr_folios;
+	bool zapped[nr], last;
 
-	for (int i = 0; i < self->nr_folios; i++)
-		madvise(folio_addr(self, i) + self->size / 2, self->size / 2,
-			MADV_DONTNEED);
+	memset(zapped, 0, sizeof(zapped));
+	do {
+		last = z->moved;
+		for (int i = 0; i < nr; i++)
+			zap_entries(z, folio_addr(z->self, i) +
+				    z->self->size / 2, &zapped[i]);
+	} while (!last);
 	return NULL;
 }
 
 /*
- * Halves of folios are zapped while their pages are migration entries or are
- * not; all of the folios are partially mapped in the end, so all that are not
- * split yet must be marked. Kills mutant 22, by chance: many rounds.
+ * Halves of folios are zapped while their pages are migration entries, or later
+ * if they were not caught; all of the folios are partially mapped in the end, so
+ * all that are not split must be marked. Kills mutant 22.
  */
 TEST_F(large_folio, zapped_while_moving)
 {
-	const time_t end = time(NULL) + 10;
+	struct zapper z = { .self = self };
 
-	for (int round = 0; round < 20 || (round < 60 && time(NULL) < end); round++) {
+	z.pagemap = open("/proc/self/pagemap", O_RDONLY);
+	ASSERT_GE(z.pagemap, 0);
+	for (int round = 0; round < 10; round++) {
 		struct folio_stats now;
-		pthread_t zapper;
+		pthread_t thread;
 
 		populate(_metadata, self);
 		map_by_ptes(_metadata, self);
-		ASSERT_EQ(pthread_create(&zapper, NULL, zap_second_halves,
-					 self), 0);
+		z.moved = false;
+		ASSERT_EQ(pthread_create(&thread, NULL, zap_second_halves, &z),
+			  0);
 		move_to(_metadata, self, self->node[1]);
-		ASSERT_EQ(pthread_join(zapper, NULL), 0);
+		z.moved = true;
+		ASSERT_EQ(pthread_join(thread, NULL), 0);
 
 		now = read_folio_stats(self->size);
 		ASSERT_EQ(now.nr_anon - self->before.nr_anon,
@@ -410,6 +439,7 @@ TEST_F(large_folio, zapped_while_moving)
 		ASSERT_EQ(bad_page(self, self->mem, self->size), -1);
 		ASSERT_EQ(munmap(self->mem, self->len), 0);
 	}
+	close(z.pagemap);
 }
 
 /* --- mlocked, or not ------------------------------------------------------ */
