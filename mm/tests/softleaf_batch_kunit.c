@@ -148,6 +148,3 @@ static struct kunit_suite softleaf_batch_test_suite = {
 };
 
 kunit_test_suite(softleaf_batch_test_suite);
-
-MODULE_DESCRIPTION("Tests for batches of softleaf entries");
-MODULE_LICENSE("GPL");
