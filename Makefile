@@ -13,7 +13,7 @@ deps:
 help: ## this list
 	@echo 'mm-migrate: a series for Linux $(shell sed -n s/^VERSION=//p base/release | cut -f1) that makes folio migration faster and safer'
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "%-18s %s\n", $$1, $$2 }'
 	@echo
 	@echo '  KERNEL_SRC=DIR|TARBALL  another source of the same Linux series'
 	@echo '  BUILD=DIR               where everything is built (default: build/)'
@@ -45,6 +45,10 @@ guest: deps ## an interactive shell in the lab kernel, NAME=series-lab [GUEST="-
 	@scripts/kernel $(or $(NAME),series-lab)
 	@scripts/guest-image
 	@scripts/guest --kernel $(or $(BUILD),build)/out/$(or $(NAME),series-lab)/vmlinux $(GUEST)
+
+.PHONY: soak
+soak: deps ## fork storms against migrators on the debug kernel [MINUTES=10 | HOURS=N] [KERNEL=series-debug]
+	@scripts/soak $(if $(SELFTEST),--self-test)
 
 mutants: deps ## boot a kernel with planted bugs: each must be caught by the test named for it
 	@scripts/mutants

@@ -22,8 +22,10 @@
 /* include/uapi/linux/mempolicy.h, so that no libnuma headers are needed */
 #define MPOL_DEFAULT	0
 #define MPOL_BIND	2
+#define MPOL_INTERLEAVE	3
 #define MPOL_MF_STRICT	(1 << 0)
 #define MPOL_MF_MOVE	(1 << 1)
+#define MPOL_MF_MOVE_ALL	(1 << 2)
 
 /* Exit status: 1 is "measured, and it is wrong", 2 "could not measure". */
 #define EXIT_WRONG	1
@@ -59,14 +61,18 @@ struct region {
 void region_make(struct region *r, int node);
 void region_unmap(struct region *r);
 void region_fill(struct region *r, uint64_t seed);
+void region_rewrite(const struct region *r, size_t page);
 unsigned long region_bad_words(const struct region *r);
 unsigned long region_folios(const struct region *r);
 unsigned long region_intact_folios(const struct region *r);
 unsigned long region_mapcount(const struct region *r, size_t page);
+unsigned long region_mappings(const struct region *r);
 unsigned long region_pages_on(const struct region *r, int node);
 
+void spread_over_nodes(void);
 void drain_lru(void);
 int mbind_move(const struct region *r, int node);
+int mbind_move_all(const struct region *r, int node);
 int move_folios(const struct region *r, int node);
 
 /* stats.c: counters */

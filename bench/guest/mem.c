@@ -82,6 +82,16 @@ static void set_task_node(int node)
 		die("set_mempolicy to node %d: %s", node, strerror(errno));
 }
 
+/* What this task allocates from now on comes from all nodes in turn. */
+void spread_over_nodes(void)
+{
+	unsigned long mask = (1UL << nr_nodes()) - 1;
+
+	if (syscall(SYS_set_mempolicy, MPOL_INTERLEAVE, &mask,
+		    sizeof(mask) * 8))
+		die("set_mempolicy to all nodes: %s", strerror(errno));
+}
+
 static char *map_aligned(size_t bytes, size_t align, int flags, int fd)
 {
 	char *p, *start;
@@ -140,6 +150,14 @@ void region_fill(struct region *r, uint64_t seed)
 	r->seed = seed * 0xd6e8feb86659fd93ULL + 1;
 	for (i = 0; i < n; i++)
 		w[i] = word_at(r->seed, i);
+}
+
+/* Writes the first word of a page, which stays what it is, and reads nothing. */
+void region_rewrite(const struct region *r, size_t page)
+{
+	size_t i = page * BASE_PAGE / sizeof(uint64_t);
+
+	((volatile uint64_t *)r->addr)[i] = word_at(r->seed, i);
 }
 
 unsigned long region_bad_words(const struct region *r)
@@ -217,22 +235,37 @@ unsigned long region_intact_folios(const struct region *r)
 	return intact;
 }
 
-/* In how many page tables the @page-th page of the region is mapped. */
-unsigned long region_mapcount(const struct region *r, size_t page)
+/* In how many page tables the pages from @first to before @end are, in all. */
+static unsigned long count_mappings(const struct region *r, size_t first,
+				    size_t end)
 {
 	uint64_t *map, pfn, count;
+	unsigned long sum = 0;
 	size_t nr;
 	int fd;
 
 	map = read_pagemap(r, &nr);
-	pfn = map[page] & PM_PFN;
-	free(map);
 	fd = open("/proc/kpagecount", O_RDONLY | O_CLOEXEC);
-	if (fd < 0 || pread(fd, &count, sizeof(count), pfn * sizeof(count)) !=
-		      sizeof(count))
-		die("/proc/kpagecount: %s", strerror(errno));
+	for (; first < end; first++) {
+		pfn = map[first] & PM_PFN;
+		if (fd < 0 || pread(fd, &count, sizeof(count),
+				    pfn * sizeof(count)) != sizeof(count))
+			die("/proc/kpagecount: %s", strerror(errno));
+		sum += count;
+	}
 	close(fd);
-	return count;
+	free(map);
+	return sum;
+}
+
+unsigned long region_mapcount(const struct region *r, size_t page)
+{
+	return count_mappings(r, page, page + 1);
+}
+
+unsigned long region_mappings(const struct region *r)
+{
+	return count_mappings(r, 0, r->bytes / BASE_PAGE);
 }
 
 /* Nodes of every base page, asked of the kernel: move_pages with no target. */
@@ -279,14 +312,25 @@ void region_make(struct region *r, int node)
 		die("not all memory could be had on node %d", node);
 }
 
-int mbind_move(const struct region *r, int node)
+static int mbind_flags(const struct region *r, int node, unsigned int flags)
 {
 	unsigned long mask = 1UL << node;
 
 	if (syscall(SYS_mbind, r->addr, r->bytes, MPOL_BIND, &mask,
-		    sizeof(mask) * 8, MPOL_MF_MOVE | MPOL_MF_STRICT))
+		    sizeof(mask) * 8, flags | MPOL_MF_STRICT))
 		return -errno;
 	return 0;
+}
+
+int mbind_move(const struct region *r, int node)
+{
+	return mbind_flags(r, node, MPOL_MF_MOVE);
+}
+
+/* Pages that other processes map, too. */
+int mbind_move_all(const struct region *r, int node)
+{
+	return mbind_flags(r, node, MPOL_MF_MOVE_ALL);
 }
 
 /*

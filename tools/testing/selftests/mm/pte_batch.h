@@ -148,12 +148,23 @@ static inline bool read_pagemap(struct area *a, uint64_t *entries)
 /* First page whose state is not what it was; -1 if all are the same. */
 static inline long changed_page(struct area *a, uint64_t bits)
 {
+	uint64_t changed;
+
 	if (!read_pagemap(a, a->now))
 		return 0;
 	for (size_t i = 0; i < a->nr; i++) {
 		if (a->may_unmap && !(a->now[i] & PM_PRESENT))
 			continue;
-		if ((a->now[i] ^ a->saved[i]) & bits)
+		changed = (a->now[i] ^ a->saved[i]) & bits;
+		/*
+		 * Without mapcounts of pages, this bit is clear for all of a
+		 * folio that a child has a part of. Once compaction has split
+		 * the folio, it is exact: set where the child has nothing.
+		 */
+		if (a->op == OP_COMPACT && !in_run(a, i) &&
+		    (a->now[i] & PM_MMAP_EXCLUSIVE))
+			changed &= ~PM_MMAP_EXCLUSIVE;
+		if (changed)
 			return i;
 	}
 	return -1;
