@@ -1036,7 +1036,7 @@ FIXTURE_TEARDOWN(thp)
 
 /*
  * A PMD's entry is split while the other one is removed: there is always one
- * that is counted. Kills mutants 53 and 58.
+ * that is counted. Kills mutant 53.
  */
 TEST_F_TIMEOUT(thp, split_while_moved, TIMEOUT)
 {
@@ -1044,6 +1044,54 @@ TEST_F_TIMEOUT(thp, split_while_moved, TIMEOUT)
 
 	race(_metadata, &self->a, &split, 6 * NR_ROUNDS);
 	expect_quiet(_metadata, &self->a);
+}
+
+static bool discard_all(void *arg)
+{
+	struct area *a = arg;
+
+	return madvise(a->mem, a->len, MADV_DONTNEED) == 0;
+}
+
+/* THPs again, in the same VMA; shorter and longer, it comes last in the tree. */
+static bool renew(struct area *a)
+{
+	char *last = page_of(a, a->nr - 1);
+
+	if (mprotect(last, psize(), PROT_READ) || !discard_all(a) ||
+	    mprotect(last, psize(), PROT_READ | PROT_WRITE) ||
+	    madvise(a->mem, a->len, MADV_HUGEPAGE))
+		return false;
+	for (size_t i = 0; i < a->nr; i++)
+		write_page(a, i);
+	return true;
+}
+
+/*
+ * ... while others are asked, who have nothing: each time, the pages of the THP
+ * are looked at, one after the other. Kills mutant 58.
+ */
+TEST_F_TIMEOUT(thp, split_while_others_are_asked, TIMEOUT)
+{
+	struct area *a = &self->a;
+	struct family family = {};
+	struct mover m;
+
+	/* Those of its folios that are not THPs any more would be too many. */
+	a->op = OP_MOVE_PAGES;
+	start_children(_metadata, &family, 4 * NR_CHILDREN, a, discard_all, NULL);
+	ASSERT_TRUE(start_mover(&m, a));
+	for (int i = 0; i < 25 * NR_ROUNDS; i++) {
+		ASSERT_TRUE(renew(a));
+		wait_for_entry(a, part(a));
+		for (int delay = 0; delay < i % 8 * 20000; delay++)
+			FORCE_READ(delay);
+		ASSERT_EQ(mprotect(part(a), part_len(a), PROT_READ), 0);
+		EXPECT_EQ(bad_page(a), -1);
+		ASSERT_EQ(mprotect(part(a), part_len(a), PROT_READ | PROT_WRITE), 0);
+	}
+	stop_mover(&m);
+	EXPECT_TRUE(end_children(&family));
 }
 
 /* Not trusted, the count ends no walk, and none is left out. */
