@@ -48,6 +48,22 @@
 #define SPLIT		"/sys/kernel/debug/split_huge_pages"
 #define KSM_RUN		"/sys/kernel/mm/ksm/run"
 
+/* A debug kernel is slow, and checks more than the test can. */
+static bool is_slow(void)
+{
+	return access(TOTAL, F_OK) == 0;
+}
+
+static int nr_many(void)
+{
+	return is_slow() ? NR_MANY / 4 : NR_MANY;
+}
+
+static int nr_rounds(void)
+{
+	return is_slow() ? NR_ROUNDS / 2 : NR_ROUNDS;
+}
+
 /* --- how walks end -------------------------------------------------------- */
 
 struct walks {
@@ -807,7 +823,7 @@ static void race(struct __test_metadata *_metadata, struct area *a,
 static void race_of(struct __test_metadata *_metadata, struct area *a,
 		    const struct acts *acts)
 {
-	race(_metadata, a, acts, a->op == OP_COMPACT ? 2 : NR_ROUNDS);
+	race(_metadata, a, acts, a->op == OP_COMPACT ? 2 : nr_rounds());
 	expect_quiet(_metadata, a);
 }
 
@@ -874,7 +890,7 @@ static bool first_is_right(void *arg)
 /* The first page is everywhere, others are not. Kills mutant 56. */
 TEST_F_TIMEOUT(many, one_page, TIMEOUT)
 {
-	start_children(_metadata, &self->family, NR_MANY, &self->a,
+	start_children(_metadata, &self->family, nr_many(), &self->a,
 		       first_is_right, first_is_right);
 	expect_quiet(_metadata, &self->a);
 }
@@ -888,7 +904,7 @@ TEST_F_TIMEOUT(many, all_pages, TIMEOUT)
 	struct family *family = &self->family;
 	struct mover m;
 
-	start_children(_metadata, family, NR_MANY, &self->a,
+	start_children(_metadata, family, nr_many(), &self->a,
 		       contents_are_right, NULL);
 	expect_quiet(_metadata, &self->a);
 	ASSERT_TRUE(start_mover(&m, &self->a));
@@ -998,7 +1014,7 @@ TEST_F_TIMEOUT(split, race, TIMEOUT)
 	const struct acts zap = { { unmap, discard, leave, die } };
 	struct area *a = &self->a;
 
-	for (int round = 0; round < NR_ROUNDS; round++) {
+	for (int round = 0; round < nr_rounds(); round++) {
 		pid_t pid[MAX_ACTS];
 
 		munmap(a->mem, a->len);
@@ -1042,7 +1058,7 @@ TEST_F_TIMEOUT(thp, split_while_moved, TIMEOUT)
 {
 	const struct acts split = { { protect } };
 
-	race(_metadata, &self->a, &split, 6 * NR_ROUNDS);
+	race(_metadata, &self->a, &split, 6 * nr_rounds());
 	expect_quiet(_metadata, &self->a);
 }
 
@@ -1081,7 +1097,7 @@ TEST_F_TIMEOUT(thp, split_while_others_are_asked, TIMEOUT)
 	a->op = OP_MOVE_PAGES;
 	start_children(_metadata, &family, 4 * NR_CHILDREN, a, discard_all, NULL);
 	ASSERT_TRUE(start_mover(&m, a));
-	for (int i = 0; i < 25 * NR_ROUNDS; i++) {
+	for (int i = 0; i < 25 * nr_rounds(); i++) {
 		ASSERT_TRUE(renew(a));
 		wait_for_entry(a, part(a));
 		for (int delay = 0; delay < i % 8 * 20000; delay++)
@@ -1141,7 +1157,7 @@ TEST_F_TIMEOUT(thp, switched_while_moved, TIMEOUT)
 	if (access(TRUSTED, W_OK))
 		SKIP(return, "no " TRUSTED);
 	ASSERT_EQ(pthread_create(&thread, NULL, keep_switching, &stop), 0);
-	race(_metadata, &self->a, &acts, NR_ROUNDS);
+	race(_metadata, &self->a, &acts, nr_rounds());
 	stop = true;
 	pthread_join(thread, NULL);
 	ASSERT_TRUE(write_str(TRUSTED, "1"));
