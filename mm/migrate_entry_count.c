@@ -128,7 +128,11 @@ static bool rest_is_empty(const atomic_t *slot)
 	unrolled_full
 	for (i = 1; i < 16; i++)
 		any |= atomic_read(slot + i);
-	return !any;
+	if (any)
+		return false;
+	/* One for all of them: who gave up the last entry has done so before. */
+	smp_acquire__after_ctrl_dep();
+	return true;
 }
 
 /* The first of the pages up to @end that may have an entry, or @end. */
@@ -162,9 +166,10 @@ static noinline bool trace_none_left(const struct migration_entry_cursor *cursor
 }
 
 /* What there is to do for each folio is to be little: tracing is out of line. */
-static __always_inline bool none_left(const struct migration_entry_cursor *cursor)
+static __always_inline bool none_left(const struct migration_entry_cursor *cursor,
+				      bool walked)
 {
-	if (cursor->nr_vmas) {
+	if (walked) {
 		count_vm_event(MIGRATION_ENTRY_WALK);
 		count_vm_event(MIGRATION_ENTRY_WALK_STOPPED);
 	} else {
@@ -180,20 +185,32 @@ static noinline bool large_entries_left(struct migration_entry_cursor *cursor)
 {
 	cursor->pfn = first_left(&migration_entry_table, cursor->pfn, cursor->end);
 	cursor->slot = migration_entry_slot(&migration_entry_table, cursor->pfn);
-	return cursor->pfn < cursor->end || none_left(cursor);
+	return cursor->pfn < cursor->end;
 }
 
 /* The first page that @cursor has is known to have no entry. */
-bool __migration_entries_left(struct migration_entry_cursor *cursor)
+static __always_inline bool entries_left(struct migration_entry_cursor *cursor, bool walked)
 {
 	if (!READ_ONCE(trusted))
 		return true;
 	if (IS_ENABLED(CONFIG_MIGRATION_ENTRY_COUNT_DEBUG) && cursor->pfn == cursor->end)
 		return true;
-	if (cursor->pfn + 1 != cursor->end)
-		return large_entries_left(cursor);
-	cursor->pfn++;
-	return none_left(cursor);
+	if (likely(cursor->pfn + 1 == cursor->end))
+		cursor->pfn++;
+	else if (large_entries_left(cursor))
+		return true;
+	return none_left(cursor, walked);
+}
+
+bool __migration_entries_left(struct migration_entry_cursor *cursor)
+{
+	return entries_left(cursor, true);
+}
+
+/* The same, when nobody has been asked. */
+bool __migration_entry_walk_begin(struct migration_entry_cursor *cursor)
+{
+	return entries_left(cursor, false);
 }
 
 /* @cursor has not come to the end of its pages, but the walk has ended. */

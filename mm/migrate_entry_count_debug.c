@@ -2,7 +2,7 @@
 /*
  * Count migration entries exactly, page by page, and find who does not count.
  *
- * The count that production kernels keep is a sum over pages with the same hash.
+ * The count that production kernels keep is a sum over pages that share a slot.
  * Here each page has its own, in its page_ext, fed by the same hooks, and what
  * ought to hold is asserted:
  *
@@ -98,7 +98,7 @@ void migration_entry_debug_none(unsigned long pfn, unsigned long nr, const char 
 	struct page_ext_iter iter;
 	bool left = false;
 
-	/* After the other counts: those of a group are read without acquire. */
+	/* After what the walk has seen of page tables without their locks. */
 	smp_rmb();
 	rcu_read_lock();
 	for_each_page_ext(pfn_to_page(pfn), nr, page_ext, iter)

@@ -83,6 +83,7 @@ DECLARE_STATIC_KEY_FALSE(migration_entry_counting);
 
 void __migration_entry_underflow(unsigned long pfn);
 bool __migration_entries_left(struct migration_entry_cursor *cursor);
+bool __migration_entry_walk_begin(struct migration_entry_cursor *cursor);
 void __migration_entry_walk_end(const struct migration_entry_cursor *cursor);
 
 static inline bool migration_entries_are_counted(void)
@@ -189,7 +190,7 @@ static inline bool migration_entry_walk_begin(struct migration_entry_cursor *cur
 	cursor->slot = migration_entry_slot(&migration_entry_table, pfn);
 	cursor->nr_pages = nr;
 	cursor->nr_vmas = 0;
-	return atomic_read_acquire(cursor->slot) || __migration_entries_left(cursor);
+	return atomic_read_acquire(cursor->slot) || __migration_entry_walk_begin(cursor);
 }
 
 /* Nobody is left to ask, if that was not ended by a count of zero. */

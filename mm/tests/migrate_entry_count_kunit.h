@@ -221,8 +221,6 @@ static bool read_too_early(struct split_race *race, int round)
 	atomic_set_release(&race->go, round);
 	while ((pfn = first_left(race->t, pfn, PFN + THP)) < PFN + THP)
 		cond_resched();
-	/* The last page may have been read without acquire semantics. */
-	smp_rmb();
 	early = !READ_ONCE(race->last_goes);
 
 	while (atomic_read_acquire(&race->done) != round)
