@@ -274,11 +274,12 @@ struct copy_batch *__copy_batch_begin(struct list_head *srcs, struct list_head *
 {
 	/* Pairs with the release in switch_engine(): it is ready. */
 	const struct copy_engine *e = smp_load_acquire(&engine);
-	const unsigned long nr_pages = pages_of(srcs);
 	struct copy_batch *batch;
+	unsigned long nr_pages;
 
-	if (!e || !(READ_ONCE(reasons) & BIT(reason)) || !nr_pages)
+	if (!e || !(READ_ONCE(reasons) & BIT(reason)) || list_empty(srcs))
 		return NULL;
+	nr_pages = pages_of(srcs);
 	if (nr_pages < e->min_bytes >> PAGE_SHIFT) {
 		count_vm_event(MIGRATE_COPY_REFUSED_SMALL);
 		return NULL;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The first program of a riscv64 guest with a DMA engine: memory is migrated to
- * and fro by it, and looked at. Prints a line for each thing that is checked, and
+ * The first program of a riscv64 guest with a DMA engine: memory is migrated back
+ * and forth by it, and looked at. Prints a line for each thing that is checked, and
  * "RESULT: passed" or "RESULT: FAILED" in the end. See tests/dma-riscv.
  */
 #define _GNU_SOURCE
