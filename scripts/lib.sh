@@ -99,3 +99,6 @@ lock()	# NAME
 	exec 9>"$BUILD/.lock-$1"
 	flock -n 9 || { say "waiting for another run that holds $BUILD/.lock-$1"; flock 9; }
 }
+
+# Skips that are what should happen, "kernel-test: TAP line" as a regex each.
+expected_skip() { grep -v '^#' "$TOP/base/expected-skips" | grep -q . && grep -v '^#' "$TOP/base/expected-skips" | grep -qxEf - <(echo "$1"); }

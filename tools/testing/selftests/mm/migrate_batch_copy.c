@@ -1221,7 +1221,7 @@ static const struct work longterm_work = {
 };
 
 static const struct work readers_work = {
-	"readers", alloc_buf, step_read_write, SHMEM, 2 * MiB, "wasted",
+	"readers", alloc_buf, step_read_write, SHMEM, 2 * MiB, NULL,
 };
 
 FIXTURE(pins) {
