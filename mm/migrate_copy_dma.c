@@ -417,7 +417,6 @@ static int dma_wait(struct copy_batch *batch, struct copy_item *item)
 {
 	struct dma_batch *dma = dma_batches[batch->nr];
 	struct copy *copy = &dma->copies[item - batch->items];
-
 	int err;
 
 	if (!copy->dev)

@@ -19,10 +19,10 @@
  * 64 references to the source are not looked at: pins.aio, pins.process_vm,
  *   pins.longterm, pins.vmsplice
  * 65 the last slice of a batch is not copied: contents.pingpong
+ * 66 the destination of a copy that timed out is used again: dma.hang
  * 67 who migrates does not wait for what helpers copy: contents.pingpong
  * 68 busy CPUs are asked to help: where.busy
  * 69 a task with a quota has helpers: cgroup.limit
- * 66 the destination of a copy that timed out is used again: dma.hang
  *
  * MIGRATE_TEST_DIR says where files are made (.), which should be an ext4.
  */
@@ -32,7 +32,6 @@
 #include <limits.h>
 #include <linux/aio_abi.h>
 #include <linux/loop.h>
-#include <linux/magic.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mount.h>
@@ -41,7 +40,6 @@
 #include <sys/swap.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
-#include <sys/vfs.h>
 #include <time.h>
 #include "migrate_util.h"
 
@@ -416,30 +414,6 @@ static void populate_anon(struct area *a)
 		populate(a->mem, a->nr * psize(), sizes[a->kind] ?: psize());
 }
 
-static const char *test_dir(void)
-{
-	return getenv("MIGRATE_TEST_DIR") ?: ".";
-}
-
-/* On a disk. */
-static int open_file(int flags)
-{
-	char path[PATH_MAX];
-	struct statfs fs;
-	int fd;
-
-	snprintf(path, sizeof(path), "%s/migrate_batch_copy_XXXXXX", test_dir());
-	fd = mkostemp(path, flags);
-	if (fd < 0)
-		return -1;
-	unlink(path);
-	if (!fstatfs(fd, &fs) && fs.f_type != TMPFS_MAGIC &&
-	    fs.f_type != RAMFS_MAGIC)
-		return fd;
-	close(fd);
-	return -1;
-}
-
 static bool write_file_pages(int fd, size_t first, size_t nr, unsigned int gen)
 {
 	char *buf = mmap(NULL, psize(), PROT_READ | PROT_WRITE,
@@ -458,7 +432,7 @@ static bool write_file_pages(int fd, size_t first, size_t nr, unsigned int gen)
 static bool open_area_file(struct area *a)
 {
 	a->fd = a->kind == SHMEM ? memfd_create("migrate_batch_copy", 0) :
-				   open_file(0);
+				   open_disk_file(0);
 	if (a->fd < 0 || ftruncate(a->fd, a->nr * psize()))
 		return false;
 	return a->kind == SHMEM ||
@@ -766,7 +740,7 @@ static const char *begin_writing(struct worker *w)
 static const char *begin_aio(struct worker *w)
 {
 	alloc_buf(w);
-	w->fd = open_file(O_DIRECT);
+	w->fd = open_disk_file(O_DIRECT);
 	if (w->fd < 0)
 		return "no file for direct I/O (MIGRATE_TEST_DIR)";
 	for (unsigned int gen = 0; gen < 2; gen++) {

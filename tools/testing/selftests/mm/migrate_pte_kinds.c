@@ -18,9 +18,6 @@
  * 39: of a run, all are soft-dirty if a page is dirty
  */
 #define _GNU_SOURCE
-#include <sys/vfs.h>
-#include <linux/magic.h>
-
 #include "pte_batch.h"
 
 /* Map the file that @fd is of, fill it, have it on the first node. */
@@ -268,26 +265,6 @@ FIXTURE_VARIANT_ADD(file, move_pages) { .op = OP_MOVE_PAGES };
 FIXTURE_VARIANT_ADD(file, compact) { .op = OP_COMPACT };
 FIXTURE_VARIANT_ADD(file, offline) { .op = OP_OFFLINE };
 
-/* On a disk, so that it can be read again; returns its descriptor. */
-static int create_file(void)
-{
-	const char *dir = getenv("MIGRATE_TEST_DIR") ?: ".";
-	struct statfs fs;
-	char path[256];
-	int fd;
-
-	snprintf(path, sizeof(path), "%s/migrate_pte_kinds_XXXXXX", dir);
-	fd = mkstemp(path);
-	if (fd < 0)
-		return -1;
-	unlink(path);
-	if (!fstatfs(fd, &fs) && fs.f_type != TMPFS_MAGIC &&
-	    fs.f_type != RAMFS_MAGIC)
-		return fd;
-	close(fd);
-	return -1;
-}
-
 /* A write as large as a folio makes one, on file systems that have them. */
 static bool write_folios(struct area *a, int fd)
 {
@@ -310,7 +287,7 @@ FIXTURE_SETUP(file)
 		why = "no soft-dirty tracking";
 	if (why)
 		SKIP(return, "%s", why);
-	fd = create_file();
+	fd = open_disk_file(0);
 	if (fd < 0)
 		SKIP(return, "no disk file system in MIGRATE_TEST_DIR");
 	ASSERT_TRUE(write_folios(a, fd));

@@ -11,8 +11,10 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <linux/magic.h>
 #include <linux/mempolicy.h>
 
 #include "vm_util.h"
@@ -122,6 +124,31 @@ static inline bool two_nodes(int node[2])
 			break;
 	}
 	return n == 2;
+}
+
+/* Where tests make their files. */
+static inline const char *test_dir(void)
+{
+	return getenv("MIGRATE_TEST_DIR") ?: ".";
+}
+
+/* A file on a disk, so that it can be read again; -1 if there is none. */
+static inline int open_disk_file(int flags)
+{
+	struct statfs fs;
+	char path[256];
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/migrate_test_XXXXXX", test_dir());
+	fd = mkostemp(path, flags);
+	if (fd < 0)
+		return -1;
+	unlink(path);
+	if (!fstatfs(fd, &fs) && fs.f_type != TMPFS_MAGIC &&
+	    fs.f_type != RAMFS_MAGIC)
+		return fd;
+	close(fd);
+	return -1;
 }
 
 /* A long-term pin, by gup_test; gone when the file is closed. */
