@@ -2,7 +2,7 @@
 /*
  * Copy the folios of a batch, while they are migrated.
  *
- * migrate_pages() unmaps up to 512 pages, flushes TLBs once for all of them, and
+ * migrate_pages() unmaps 512 pages or so, flushes TLBs once for all of them, and
  * then moves folio by folio: copies it, has its mapping refer to the new one, and
  * maps that. Between the flush and the first move, the copies of all folios can
  * be begun: nobody can write to them any more. An engine does so with other CPUs,
@@ -38,7 +38,8 @@
  * - Drivers that keep their objects in shmem (TTM, i915, SGX): they write with a
  *   reference only, and may have dropped it when it is looked for. One folio at a
  *   time that race is as old as migration; here it would be longer. Their files
- *   are not mapped into processes, so a file that is not is left alone.
+ *   are not mapped into processes, or ask for memory that is not movable (i915,
+ *   etnaviv, omapdrm): such files are left alone.
  * - By a filesystem that has another way to its folios: buffer heads are locked
  *   one by one, and metadata are written through b_data with no reference to the
  *   folio; aio, NFS, btrfs, jfs and secretmem have callbacks of their own for
@@ -169,8 +170,10 @@ static bool locks_to_write(struct address_space *mapping)
 		return true;
 	if (mapping_inaccessible(mapping) || !moves_as_usual(mapping))
 		return false;
-	/* Drivers that keep data there do not, and do not map them either. */
-	return !shmem_mapping(mapping) || mapping_mapped(mapping);
+	if (!shmem_mapping(mapping))
+		return true;
+	/* Drivers that keep data there do not. */
+	return mapping_mapped(mapping) && mapping_gfp_mask(mapping) & __GFP_MOVABLE;
 }
 
 /* Why a folio is not copied here, or 0. See (1) to (4). */

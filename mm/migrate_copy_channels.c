@@ -11,14 +11,15 @@
  * waits for the batches that have them, and given back. A channel is added with the
  * device locked, so that its driver either is bound and will tell when it goes, or
  * is found gone. Some drivers (idxd) take away channels one by one: those are given
- * back when their own device, in the class "dma", is deleted.
+ * back when their own device, in the class "dma", is deleted. A channel is asked for
+ * and added with channels_mutex held, for which that has to wait.
  *
  * A channel whose device did not answer is sick until the engine is switched on or
- * off again and its driver has stopped it. It is not used then, and not given back
- * to others, except when the driver goes.
+ * off again, and by then all it was asked for has ended, or it has been stopped. It
+ * is not used, and not given back to others, except when the driver goes.
  *
  * Locks: the device or its class, channels_mutex (which channels there are),
- * CHANNEL_TAKEN.
+ * CHANNEL_TAKEN, and what dmaengine has of its own.
  */
 #define pr_fmt(fmt) "migrate_copy: " fmt
 
@@ -175,10 +176,15 @@ static int watch_class(const struct class *class)
 {
 	static struct class_interface interface = { .remove_dev = channel_deleted };
 
+	int err;
+
 	if (interface.class)
 		return 0;
 	interface.class = class;
-	return class_interface_register(&interface);
+	err = class_interface_register(&interface);
+	if (err)
+		interface.class = NULL;
+	return err;
 }
 
 /* Buses are watched from the first device on, for good. */
@@ -205,39 +211,84 @@ static int watch_bus(const struct bus_type *bus)
 	return -ENOSPC;
 }
 
-/* From the device's lock on, who unbinds its driver comes to device_goes(). */
-static bool add_channel(struct copy_channel *channel, struct dma_chan *chan)
+/* Devices that copy memory, and the class of all channels. */
+struct copiers {
+	struct device *devs[COPY_CHANNELS];
+	unsigned int nr;
+	const struct class *class;
+};
+
+/* A filter that wants none: its device is there as long as this is asked. */
+static bool note_device(struct dma_chan *chan, void *param)
 {
 	struct device *dev = chan->device->dev;
+	struct copiers *copiers = param;
+	unsigned int i;
 
-	if (watch_bus(dev->bus) || watch_class(chan->dev->device.class))
+	copiers->class = chan->dev->device.class;
+	for (i = 0; i < copiers->nr; i++)
+		if (copiers->devs[i] == dev)
+			return false;
+	if (copiers->nr < COPY_CHANNELS)
+		copiers->devs[copiers->nr++] = get_device(dev);
+	return false;
+}
+
+static bool is_of(struct dma_chan *chan, void *dev)
+{
+	return chan->device->dev == dev;
+}
+
+static struct dma_chan *request_channel(dma_filter_fn filter, void *param)
+{
+	dma_cap_mask_t mask;
+
+	dma_cap_zero(mask);
+	dma_cap_set(DMA_MEMCPY, mask);
+	return dma_request_channel(mask, filter, param);
+}
+
+static struct copy_channel *free_place(void)
+{
+	unsigned int i;
+
+	for (i = 0; i < COPY_CHANNELS; i++)
+		if (!channels[i].chan)
+			return &channels[i];
+	return NULL;
+}
+
+/* From the device's lock on, who unbinds its driver comes to device_goes(). */
+static bool add_channel(struct device *dev)
+{
+	struct copy_channel *channel;
+	struct dma_chan *chan;
+
+	if (watch_bus(dev->bus))
 		return false;
 	guard(device)(dev);
 	if (!device_is_bound(dev))
 		return false;
 	guard(mutex)(&channels_mutex);
+	channel = free_place();
+	chan = channel ? request_channel(is_of, dev) : NULL;
+	if (!chan)
+		return false;
 	WRITE_ONCE(channel->node, dev_to_node(dev));
 	WRITE_ONCE(channel->chan, chan);
 	return true;
 }
 
-static void add_channels(void)
+/* One of each device, then another one of each: those of all nodes have some. */
+static void add_channels(struct copiers *copiers)
 {
-	struct dma_chan *chan;
-	dma_cap_mask_t mask;
-	unsigned int i;
+	unsigned int i, added;
 
-	dma_cap_zero(mask);
-	dma_cap_set(DMA_MEMCPY, mask);
-	for (i = 0; i < COPY_CHANNELS; i++) {
-		if (READ_ONCE(channels[i].chan))
-			continue;
-		chan = dma_request_channel(mask, NULL, NULL);
-		if (!chan)
-			return;
-		if (!add_channel(&channels[i], chan))
-			dma_release_channel(chan);
-	}
+	do {
+		added = 0;
+		for (i = 0; i < copiers->nr; i++)
+			added += add_channel(copiers->devs[i]);
+	} while (added);
 }
 
 /* Returns how many channels can be used. */
@@ -257,7 +308,13 @@ static unsigned int cure_channels(void)
 /* Has as many channels as there are, up to 16. Returns 0, or -ENODEV. */
 int copy_channels_open(void)
 {
-	add_channels();
+	struct copiers copiers = {};
+
+	request_channel(note_device, &copiers);
+	if (copiers.nr && !watch_class(copiers.class))
+		add_channels(&copiers);
+	while (copiers.nr)
+		put_device(copiers.devs[--copiers.nr]);
 	return cure_channels() ? 0 : -ENODEV;
 }
 

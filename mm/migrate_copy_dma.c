@@ -15,10 +15,11 @@
  *
  * If a device does not answer
  *
- * After dma_timeout_ms who migrates asks the driver to stop the channel. If that is
- * confirmed, by a driver that waits for callbacks to have returned, nobody writes to
- * its destinations any more, and the folios are copied by who migrates. If not, the
- * device may write later, at any time:
+ * After dma_timeout_ms, a driver that can be believed (terminate_is_final) is asked
+ * to stop the channel. If it does, nobody writes to its destinations any more, and
+ * the folios are copied by who migrates. Most drivers just forget what they were
+ * asked to do, callbacks included: those are not asked. The device may write later,
+ * at any time:
  *
  * (1) The folio's copy is abandoned, under the lock of the batch, which a callback
  *     takes as well: either it is complete, or the callback knows it is abandoned.
@@ -29,8 +30,9 @@
  * (3) Both mappings stay: the device must not write to what an IOMMU, or a bounce
  *     buffer, have been given to somebody else for. The source is only read. It can
  *     be used and even freed: what is read from it does not matter.
- * (4) The channel is not used again until it has been stopped, which is tried when
- *     the engine is switched on, off, or the driver is unbound.
+ * (4) The channel is not used again until all callbacks have come, or it has been
+ *     stopped, which is tried when the engine is switched on, off, or the driver is
+ *     unbound.
  * (5) The callback, or the confirmed stop, unmaps and frees an abandoned
  *     destination. The batch has a user for each descriptor until then.
  *
@@ -40,7 +42,8 @@
  * switched off.
  *
  * If its driver goes, what has been abandoned and can not be stopped stays so, and
- * counted, for good. See mm/migrate_copy_channels.c for how channels come and go.
+ * counted, for good. Callbacks that come then are those of a driver that cleans up.
+ * See mm/migrate_copy_channels.c for how channels come and go.
  *
  * A batch's lock is held where its parts and copies change, with interrupts off.
  */
@@ -262,16 +265,25 @@ static void begin_copy(struct dma_batch *dma, unsigned int i)
 		begin_parts(dma, copy, first);
 }
 
+/* Devices have their time from when they last got something: others take theirs. */
+static void issue(struct dma_batch *dma)
+{
+	unsigned int i;
+
+	for (i = 0; i < dma->nr_channels; i++)
+		dma_async_issue_pending(dma->channels[i]->chan);
+	dma->deadline = jiffies + msecs_to_jiffies(READ_ONCE(timeout_ms)) + 1;
+}
+
 static void begin_copies(struct dma_batch *dma)
 {
 	const unsigned int before = dma->nr_begun;
-	unsigned int i;
 
 	while (dma->nr_begun < dma->batch->nr_items &&
 	       dma->nr_waiting < QUEUED * dma->nr_channels)
 		begin_copy(dma, dma->nr_begun++);
-	for (i = 0; i < dma->nr_channels && dma->nr_begun > before; i++)
-		dma_async_issue_pending(dma->channels[i]->chan);
+	if (dma->nr_begun > before && !dma->late)
+		issue(dma);
 }
 
 static unsigned int channels_wanted(const struct copy_batch *batch)
@@ -316,7 +328,6 @@ static bool dma_start(struct copy_batch *batch)
 	dma->nr_parts = 0;
 	dma->nr_waiting = 0;
 	dma->late = false;
-	dma->deadline = jiffies + msecs_to_jiffies(READ_ONCE(timeout_ms)) + 1;
 	begin_copies(dma);
 	return true;
 }
@@ -325,22 +336,35 @@ static bool dma_start(struct copy_batch *batch)
  * Devices that do not answer
  */
 
-/* Has all parts that @channel had ended, if the driver confirms that it stopped. */
-bool copy_channel_stop(struct copy_channel *channel)
+static struct part *next_part(const struct copy_channel *channel)
 {
 	unsigned int i, j;
 
-	/* Without it, callbacks may still be running. */
-	if (!channel->chan->device->device_synchronize ||
+	for (i = 0; i < NR_COPY_BATCHES; i++)
+		for (j = 0; j < NR_PARTS; j++)
+			if (READ_ONCE(dma_batches[i]->parts[j].channel) == channel)
+				return &dma_batches[i]->parts[j];
+	return NULL;
+}
+
+/* Can it be believed if it says that it has stopped? */
+static bool can_be_stopped(const struct dma_device *device)
+{
+	return device->terminate_is_final && device->device_synchronize;
+}
+
+/* With CHANNEL_TAKEN. True if the device does not write for @channel any more. */
+bool copy_channel_stop(struct copy_channel *channel)
+{
+	struct part *part = next_part(channel);
+
+	if (!part)
+		return true;
+	if (!can_be_stopped(channel->chan->device) ||
 	    dmaengine_terminate_sync(channel->chan))
 		return false;
-	for (i = 0; i < NR_COPY_BATCHES; i++)
-		for (j = 0; j < NR_PARTS; j++) {
-			struct part *part = &dma_batches[i]->parts[j];
-
-			if (READ_ONCE(part->channel) == channel)
-				part_ended(part, channel, -ETIMEDOUT);
-		}
+	for (; part; part = next_part(channel))
+		part_ended(part, channel, -ETIMEDOUT);
 	return true;
 }
 
@@ -359,16 +383,15 @@ static void stop_channels(struct dma_batch *dma, const struct copy *copy)
 	}
 }
 
+/* Its parts are nobody's now, and never end. */
 void copy_channel_is_lost(struct copy_channel *channel)
 {
-	static struct copy_channel lost;
-	unsigned int i, j;
+	struct part *part;
 
-	for (i = 0; i < NR_COPY_BATCHES; i++) {
-		guard(spinlock_irqsave)(&dma_batches[i]->lock);
-		for (j = 0; j < NR_PARTS; j++)
-			if (dma_batches[i]->parts[j].channel == channel)
-				dma_batches[i]->parts[j].channel = &lost;
+	while ((part = next_part(channel))) {
+		guard(spinlock_irqsave)(&part->dma->lock);
+		if (part->channel == channel)
+			part->channel = NULL;
 	}
 }
 

@@ -25,7 +25,7 @@ void copy_channel_is_sick(struct copy_channel *channel);
 int copy_channels_open(void);
 void copy_channels_close(void);
 
-/* Ends what @channel has not, if its driver confirms that it has stopped. */
+/* Ends what @channel has not, if its driver can be believed to have stopped it. */
 bool copy_channel_stop(struct copy_channel *channel);
 /* Its driver goes, and it has not been stopped: its parts never end. */
 void copy_channel_is_lost(struct copy_channel *channel);

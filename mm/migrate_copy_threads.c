@@ -111,6 +111,9 @@ static void finish_slice(const struct slice *slice)
 
 static bool take_slice(struct copy_batch *batch, struct slice *slice)
 {
+	/* Who waits comes back again and again: not to count round to zero. */
+	if (atomic_long_read(&batch->taken) >= batch->nr_pages)
+		return false;
 	slice->page = atomic_long_fetch_add_relaxed(SLICE, &batch->taken);
 	if (slice->page >= batch->nr_pages)
 		return false;

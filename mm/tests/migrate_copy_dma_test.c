@@ -13,6 +13,8 @@
  *	lost	they are never completed; the device can be stopped
  *	hang	they are not completed, and the device can not be stopped
  * nth		this happens to each nth descriptor only
+ * final	0: if the device can not be stopped, the driver says that it was, as many
+ *		do that do not claim terminate_is_final
  * release	write 1: those that hang are copied and completed
  * descriptors	how many have been copied and completed
  *
@@ -81,6 +83,7 @@ static const char * const mode_names[] = {
 
 static enum mode mode;
 static u32 nth = 1;
+static bool final = true;
 static atomic_t begun = ATOMIC_INIT(0);
 static atomic_t descriptors = ATOMIC_INIT(0);
 /* The one that is bound, or NULL. */
@@ -265,7 +268,7 @@ static int test_terminate_all(struct dma_chan *chan)
 
 	guard(spinlock_irqsave)(&tc->lock);
 	if (tc->hangs)
-		return -EBUSY;
+		return chan->device->terminate_is_final ? -EBUSY : 0;
 	tc->stops = true;
 	free_list(&tc->submitted);
 	free_list(&tc->issued);
@@ -329,6 +332,7 @@ static int test_probe(struct platform_device *pdev)
 	dma->device_terminate_all = test_terminate_all;
 	dma->device_synchronize = test_synchronize;
 	dma->device_release = test_device_release;
+	dma->terminate_is_final = final;
 	err = dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(64));
 	err = err ?: dma_async_device_register(dma);
 	if (err) {
@@ -403,6 +407,16 @@ static int release_set(void *data, u64 value)
 }
 DEFINE_DEBUGFS_ATTRIBUTE(release_fops, NULL, release_set, "%llu\n");
 
+static int final_set(void *data, u64 value)
+{
+	guard(mutex)(&device_mutex);
+	final = value;
+	if (the_device)
+		the_device->dma.terminate_is_final = final;
+	return 0;
+}
+DEFINE_DEBUGFS_ATTRIBUTE(final_fops, NULL, final_set, "%llu\n");
+
 static int __init migrate_copy_dma_test_init(void)
 {
 	struct dentry *dir = debugfs_create_dir("migrate_copy_dma_test", NULL);
@@ -412,6 +426,7 @@ static int __init migrate_copy_dma_test_init(void)
 	debugfs_create_file("mode", 0600, dir, NULL, &mode_fops);
 	debugfs_create_u32("nth", 0600, dir, &nth);
 	debugfs_create_file_unsafe("release", 0200, dir, NULL, &release_fops);
+	debugfs_create_file_unsafe("final", 0200, dir, NULL, &final_fops);
 	debugfs_create_atomic_t("descriptors", 0400, dir, &descriptors);
 	err = platform_driver_register(&test_driver);
 	if (err)

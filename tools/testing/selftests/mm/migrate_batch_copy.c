@@ -25,6 +25,7 @@
  * 69 a task with a quota has helpers: cgroup.limit
  * 70 a channel is taken for the one that had its place before and hangs:
  *   dma.unbind_while_it_hangs
+ * 71 any driver that says so is believed to have stopped its device: dma.forgotten
  *
  * MIGRATE_TEST_DIR says where files are made (.), which should be an ext4.
  */
@@ -2600,6 +2601,7 @@ static long quarantined_after_release(long lost)
 
 FIXTURE_TEARDOWN(dma)
 {
+	put_num(DMA_TEST, "final", 1);
 	EXPECT_EQ(quarantined_after_release(self->lost), self->lost);
 	restore_switches();
 }
@@ -2662,12 +2664,12 @@ static void take_fresh(struct __test_metadata *_metadata, struct area *fresh)
 
 /*
  * A device writes to its destinations after all. They must not be in use again, for
- * the folio that was to be copied or for another one. Kills mutant 66.
+ * the folio that was to be copied or for another one.
  */
-TEST_F_TIMEOUT(dma, hang, TIMEOUT)
+static void device_is_late(struct __test_metadata *_metadata, struct area *a, long lost)
 {
 	const long old = counted("dma_timeouts");
-	struct area *a = &self->a, fresh = {};
+	struct area fresh = {};
 
 	ASSERT_TRUE(put_num(SWITCHES, "dma_timeout_ms", 20));
 	fill(a, 1, 1);
@@ -2675,15 +2677,28 @@ TEST_F_TIMEOUT(dma, hang, TIMEOUT)
 	move(a, false);
 	EXPECT_EQ(bad_page(a), -1);
 	EXPECT_GT(counted("dma_timeouts"), old);
-	EXPECT_GT(get_num(SWITCHES, "dma_quarantined"), self->lost);
+	EXPECT_GT(get_num(SWITCHES, "dma_quarantined"), lost);
 	ASSERT_TRUE(use_mode("ok", 0));
 	fill(a, 2, 1);
 	take_fresh(_metadata, &fresh);
-	EXPECT_EQ(quarantined_after_release(self->lost), self->lost);
+	EXPECT_EQ(quarantined_after_release(lost), lost);
 	EXPECT_EQ(bad_page(a), -1);
 	EXPECT_EQ(bad_page(&fresh), -1);
 	move_all(_metadata, a, false);
 	expect_nothing_isolated(_metadata);
+}
+
+/* Kills mutant 66. */
+TEST_F_TIMEOUT(dma, hang, TIMEOUT)
+{
+	device_is_late(_metadata, &self->a, self->lost);
+}
+
+/* The driver says that the device has stopped, but does not vouch for it. Kills 71. */
+TEST_F_TIMEOUT(dma, forgotten, TIMEOUT)
+{
+	ASSERT_TRUE(put_num(DMA_TEST, "final", 0));
+	device_is_late(_metadata, &self->a, self->lost);
 }
 
 /* Never more than so much, and then the engine is off. */
