@@ -25,6 +25,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -53,6 +54,13 @@
 /* One page in so many may be such a one. */
 #define TCG_SHARE	200
 #define TCG_TRIES	10
+/*
+ * That table is small on a CPU that has been idle, 64 pages or so, and all of a
+ * large folio are in the way of their copies then. It doubles when TLBs are
+ * flushed, if it was full; it shrinks after 0.1 s in which it was not.
+ */
+#define TCG_TABLE	8192UL
+#define TCG_SMALLEST	64UL
 
 static struct region mem = { .kind = MEM_ANON, .folio_kb = 4 };
 static unsigned long size_mb = 16, nr_pairs = 20, nr_traced = 3, call_kb;
@@ -295,6 +303,82 @@ static void start_spinners(void)
 	check_spinners();
 }
 
+/*
+ * With --tcg: those who have the tables of all CPUs grow, just before something
+ * is timed. They have the kernel write to many pages, by asking for new ones, and
+ * flush: more of either each time. Processes, so that no flush is for them.
+ */
+static int *growers;
+static int nr_growers;
+
+static void grow_table(void)
+{
+	unsigned long pages;
+	void *p;
+
+	for (pages = TCG_SMALLEST; pages <= TCG_TABLE; pages *= 2) {
+		p = mmap(NULL, pages * BASE_PAGE, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+		if (p == MAP_FAILED)
+			die("mmap: %s", strerror(errno));
+		munmap(p, pages * BASE_PAGE);
+	}
+}
+
+static void __attribute__((noreturn)) be_grower(int fd, int where)
+{
+	char byte;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	pin_to_cpu(where);
+	while (read(fd, &byte, 1) == 1) {
+		grow_table();
+		if (write(fd, &byte, 1) != 1)
+			break;
+	}
+	exit(0);
+}
+
+static void start_grower(int where)
+{
+	int ends[2];
+	pid_t pid;
+
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends))
+		die("socketpair: %s", strerror(errno));
+	pid = fork();
+	if (pid < 0)
+		die("fork: %s", strerror(errno));
+	if (!pid)
+		be_grower(ends[1], where);
+	close(ends[1]);
+	growers[nr_growers++] = ends[0];
+}
+
+static void start_growers(void)
+{
+	int i, nr = sysconf(_SC_NPROCESSORS_ONLN);
+
+	if (!tcg)
+		return;
+	growers = xcalloc(nr, sizeof(*growers));
+	for (i = 0; i < nr; i++)
+		start_grower(i);
+}
+
+static void grow_tables(void)
+{
+	char byte = 0;
+	int i;
+
+	for (i = 0; i < nr_growers; i++)
+		if (write(growers[i], &byte, 1) != 1)
+			die("a process that is to help has gone");
+	for (i = 0; i < nr_growers; i++)
+		if (read(growers[i], &byte, 1) != 1)
+			die("a process that is to help has gone");
+}
+
 /* Moving. The arrays are made before, and are no part of the time. */
 
 static struct {
@@ -430,6 +514,7 @@ static int prepare(struct way *way)
  */
 static void settle(void)
 {
+	grow_tables();
 	usleep(SETTLE_US);
 	pin_to_cpu(cpu);
 	run_anywhere();
@@ -870,6 +955,7 @@ int main(int argc, char **argv)
 	make_list();
 	/* Before there is memory that they would share. */
 	start_spinners();
+	start_growers();
 	frames_before = xcalloc(mem.bytes / BASE_PAGE, sizeof(*frames));
 	frames = xcalloc(mem.bytes / BASE_PAGE, sizeof(*frames));
 	new_memory();

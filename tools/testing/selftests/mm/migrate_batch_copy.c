@@ -2703,6 +2703,25 @@ TEST_F_TIMEOUT(dma, forgotten, TIMEOUT)
 	device_is_late(_metadata, &self->a, self->lost);
 }
 
+/*
+ * A batch takes longer than a device may take to answer, but the device answers all
+ * the time: 512 pages, four at once, of 5 ms each. Kills mutant 72.
+ */
+TEST_F_TIMEOUT(dma, slow_batch, TIMEOUT)
+{
+	const long old = counted("dma_timeouts"), pages = counted("dma_pages");
+	struct area slow = {};
+
+	ASSERT_EQ(make_area(&slow, SMALL, 2 * MiB), NULL);
+	ASSERT_TRUE(put_num(SWITCHES, "dma_timeout_ms", 300));
+	ASSERT_TRUE(use_mode("slow", 0));
+	fill(&slow, 1, 1);
+	move_all(_metadata, &slow, false);
+	EXPECT_GT(counted("dma_pages"), pages);
+	EXPECT_EQ(counted("dma_timeouts"), old);
+	expect_nothing_isolated(_metadata);
+}
+
 /* Never more than so much, and then the engine is off. */
 TEST_F_TIMEOUT(dma, quarantine_is_bounded, TIMEOUT)
 {
