@@ -304,9 +304,10 @@ static void start_spinners(void)
 }
 
 /*
- * With --tcg: those who have the tables of all CPUs grow, just before something
- * is timed. They have the kernel write to many pages, by asking for new ones, and
- * flush: more of either each time. Processes, so that no flush is for them.
+ * With --tcg: those who have the tables of all other CPUs grow, just before
+ * something is timed. They have the kernel write to many pages, by asking for new
+ * ones, and flush: more of either each time. Processes, so that no flush is for
+ * them. The mover is the last, or its table might have shrunk again.
  */
 static int *growers;
 static int nr_growers;
@@ -363,7 +364,8 @@ static void start_growers(void)
 		return;
 	growers = xcalloc(nr, sizeof(*growers));
 	for (i = 0; i < nr; i++)
-		start_grower(i);
+		if (i != cpu)
+			start_grower(i);
 }
 
 static void grow_tables(void)
@@ -371,12 +373,15 @@ static void grow_tables(void)
 	char byte = 0;
 	int i;
 
+	if (!tcg)
+		return;
 	for (i = 0; i < nr_growers; i++)
 		if (write(growers[i], &byte, 1) != 1)
 			die("a process that is to help has gone");
 	for (i = 0; i < nr_growers; i++)
 		if (read(growers[i], &byte, 1) != 1)
 			die("a process that is to help has gone");
+	grow_table();
 }
 
 /* Moving. The arrays are made before, and are no part of the time. */
@@ -514,9 +519,9 @@ static int prepare(struct way *way)
  */
 static void settle(void)
 {
-	grow_tables();
 	usleep(SETTLE_US);
 	pin_to_cpu(cpu);
+	grow_tables();
 	run_anywhere();
 }
 
