@@ -261,8 +261,12 @@ static bool start_batch(struct copy_batch *batch, struct list_head *srcs,
 	if (e->prepare && !e->prepare(batch, nr_pages))
 		return false;
 	fill_batch(batch, srcs, dsts);
-	if (batch->nr_pages < e->min_bytes >> PAGE_SHIFT)
+	if (batch->nr_pages < e->min_bytes >> PAGE_SHIFT) {
+		/* What was refused has been counted. */
+		if (batch->nr_items)
+			count_vm_event(MIGRATE_COPY_REFUSED_SMALL);
 		return false;
+	}
 	batch->collected = 0;
 	batch->begin = ktime_get();
 	return e->start(batch);
@@ -319,17 +323,24 @@ static int count_copied(struct copy_batch *batch, struct copy_item *item, int er
 }
 
 /**
- * copy_engine_give_up() - do without an engine from now on.
- * @e: the engine, which can not be used any more
+ * copy_engine_check() - do without an engine from now on if it is of no use.
+ * @e: the engine, of which its ->usable() is asked
  *
  * Until it is switched on again. Batches that have begun go on.
  *
- * Context: Any.
+ * Context: Process context. Takes engine_mutex if nobody has it: who is about to
+ * switch engines may be waiting for memory that is migrated here.
  */
-void copy_engine_give_up(const struct copy_engine *e)
+void copy_engine_check(const struct copy_engine *e)
 {
-	if (cmpxchg(&engine, e, NULL) == e)
+	if (e->usable() || !mutex_trylock(&engine_mutex))
+		return;
+	/* It may have been switched off, and on again, since. */
+	if (engine == e && !e->usable()) {
+		WRITE_ONCE(engine, NULL);
 		pr_warn("%s is switched off\n", e->name);
+	}
+	mutex_unlock(&engine_mutex);
 }
 
 int __copy_batch_wait(struct copy_batch *batch, struct folio *dst, struct folio *src)

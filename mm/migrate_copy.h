@@ -75,10 +75,14 @@ struct copy_batch *__copy_batch_begin(struct list_head *srcs, struct list_head *
 int __copy_batch_wait(struct copy_batch *batch, struct folio *dst, struct folio *src);
 void __copy_batch_end(struct copy_batch *batch);
 
+/* Two pages at once gain nothing, and lose some percent on Zen 5 if they are cold. */
+#define FOLIO_COPY_BULK_MIN	SZ_16K
+
 /* How many of @nr pages to copy before the next cond_resched(). */
 static inline unsigned int folio_copy_unit(unsigned long nr)
 {
-	if (COPY_HIGHPAGES_AT_ONCE && static_branch_likely(&folio_copy_bulk))
+	if (COPY_HIGHPAGES_AT_ONCE && nr >= FOLIO_COPY_BULK_MIN >> PAGE_SHIFT &&
+	    static_branch_likely(&folio_copy_bulk))
 		return min(nr, SZ_2M >> PAGE_SHIFT);
 	return 1;
 }
@@ -214,6 +218,8 @@ struct copy_engine {
 	int (*enable)(void);
 	/* Another engine is used, or none; may sleep. Optional. */
 	void (*disable)(void);
+	/* Is there anything to be hoped from it? For copy_engine_check(). Optional. */
+	bool (*usable)(void);
 	/*
 	 * Sees who could copy, of up to @nr_pages, before any folio is looked at.
 	 * Returns false, with a count of why, if nobody. Optional.
@@ -238,7 +244,7 @@ extern struct kobj_attribute copy_dma_timeout_attr;
 extern struct kobj_attribute copy_dma_quarantined_attr;
 
 void copy_batch_put(struct copy_batch *batch);
-void copy_engine_give_up(const struct copy_engine *e);
+void copy_engine_check(const struct copy_engine *e);
 unsigned int copy_batch_find(const struct copy_batch *batch, unsigned long page);
 #endif
 

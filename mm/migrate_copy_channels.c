@@ -76,19 +76,30 @@ static void sort_by_distance(struct copy_channel **sorted, int nid)
 	}
 }
 
+static struct device *device_of(const struct copy_channel *channel)
+{
+	return dmaengine_get_dma_device(channel->chan);
+}
+
 /*
  * Takes up to @want channels that nobody uses, those of devices near node @nid
- * first. Returns how many.
+ * first, all of one device if @same_device. Returns how many.
  */
-unsigned int copy_channels_take(struct copy_channel **taken, unsigned int want, int nid)
+unsigned int copy_channels_take(struct copy_channel **taken, unsigned int want, int nid,
+				bool same_device)
 {
 	struct copy_channel *sorted[COPY_CHANNELS];
 	unsigned int i, nr = 0;
 
 	sort_by_distance(sorted, nid);
-	for (i = 0; i < COPY_CHANNELS && nr < want; i++)
-		if (channel_trylock(sorted[i]))
+	for (i = 0; i < COPY_CHANNELS && nr < want; i++) {
+		if (!channel_trylock(sorted[i]))
+			continue;
+		if (same_device && nr && device_of(sorted[i]) != device_of(taken[0]))
+			channel_unlock(sorted[i]);
+		else
 			taken[nr++] = sorted[i];
+	}
 	return nr;
 }
 

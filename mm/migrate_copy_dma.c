@@ -36,10 +36,9 @@
  * (5) The callback, or the confirmed stop, unmaps and frees an abandoned
  *     destination. The batch has a user for each descriptor until then.
  *
- * Never more than 8 MiB are, or can become, abandoned: that much may be copied at
- * once. When there is no room for another batch because of what has been
- * abandoned, or half of the batches that there are wait for devices, the engine is
- * switched off.
+ * Never more than 8 MiB, of half of the batches that there are, are or can become
+ * abandoned: no more is copied at once. When what has been abandoned leaves less than
+ * 2 MiB, or none of these batches, the engine is switched off.
  *
  * If its driver goes, what has been abandoned and can not be stopped stays so, and
  * counted, for good. Callbacks that come then are those of a driver that cleans up.
@@ -68,6 +67,8 @@
 #define PART		max(SZ_256K, PAGE_SIZE)
 #define NR_PARTS	(COPY_BATCH_FOLIOS + 4 * COPY_CHANNELS)
 #define MAX_AT_RISK	SZ_8M
+/* Batches at a time, so many of which devices may keep. */
+#define MAX_BATCHES	(NR_COPY_BATCHES / 2)
 /* Parts that a channel has at a time. */
 #define QUEUED		8
 
@@ -104,6 +105,7 @@ struct dma_batch {
 	unsigned int nr_parts;
 	unsigned int nr_waiting;	/* parts of copies that are to be waited for */
 	bool late;			/* something was not there in time */
+	bool runs;			/* who migrates still has it */
 	unsigned int nr_abandoned;	/* copies */
 	struct copy copies[COPY_BATCH_FOLIOS];
 	struct part parts[NR_PARTS];
@@ -113,6 +115,7 @@ static struct dma_batch *dma_batches[NR_COPY_BATCHES];
 static atomic_long_t at_risk;
 static atomic_long_t quarantined;
 static atomic_t nr_pinned;	/* batches with abandoned copies */
+static atomic_t nr_used;	/* batches with such, or that run */
 static unsigned int timeout_ms = 100;
 
 static void unmap_copy(const struct copy *copy)
@@ -149,6 +152,14 @@ static void release_abandoned(struct copy *copy)
 	folio_put(copy->dst);
 }
 
+/* With the batch's lock. */
+static void unpin(struct dma_batch *dma)
+{
+	atomic_dec(&nr_pinned);
+	if (!dma->runs)
+		atomic_dec(&nr_used);
+}
+
 /* @channel does not write for @part any more, if it has been its part. */
 static void part_ended(struct part *part, const struct copy_channel *channel, int err)
 {
@@ -165,7 +176,7 @@ static void part_ended(struct part *part, const struct copy_channel *channel, in
 			if (!--copy->pending)
 				release = copy->abandoned;
 			if (release && !--dma->nr_abandoned)
-				atomic_dec(&nr_pinned);
+				unpin(dma);
 			if (!copy->pending && !release)
 				complete(&copy->done);
 		}
@@ -293,14 +304,51 @@ static unsigned int channels_wanted(const struct copy_batch *batch)
 	return clamp(parts, 1, COPY_CHANNELS);
 }
 
+/* Is there room for another batch, and a channel that answers? */
+static bool dma_usable(void)
+{
+	return atomic_long_read(&quarantined) <= MAX_AT_RISK - SZ_2M &&
+	       atomic_read(&nr_pinned) < MAX_BATCHES && copy_channels_exist();
+}
+
 /* Room for @bytes among what a device that does not answer may keep. */
 static bool may_risk(unsigned long bytes)
 {
 	if (atomic_long_add_return(bytes, &at_risk) <= MAX_AT_RISK)
 		return true;
 	atomic_long_sub(bytes, &at_risk);
-	if (bytes <= MAX_AT_RISK && atomic_long_read(&quarantined) + bytes > MAX_AT_RISK)
-		copy_engine_give_up(&copy_dma_engine);
+	return false;
+}
+
+/* Others want to have some batches, too, if devices keep these. */
+static bool may_use_batch(void)
+{
+	if (atomic_inc_return(&nr_used) <= MAX_BATCHES)
+		return true;
+	atomic_dec(&nr_used);
+	return false;
+}
+
+/* A folio is mapped for one device: channels of others would be idle. */
+static bool take_channels(struct dma_batch *dma, const struct copy_batch *batch)
+{
+	dma->nr_channels = copy_channels_take(dma->channels, channels_wanted(batch),
+					      folio_nid(batch->items[0].dst),
+					      batch->nr_items == 1);
+	return dma->nr_channels;
+}
+
+static bool get_what_it_takes(struct dma_batch *dma, const struct copy_batch *batch,
+			      unsigned long bytes)
+{
+	if (!may_risk(bytes))
+		return false;
+	if (may_use_batch()) {
+		if (take_channels(dma, batch))
+			return true;
+		atomic_dec(&nr_used);
+	}
+	atomic_long_sub(bytes, &at_risk);
 	return false;
 }
 
@@ -309,21 +357,14 @@ static bool dma_start(struct copy_batch *batch)
 	struct dma_batch *dma = dma_batches[batch->nr];
 	const unsigned long bytes = batch->nr_pages << PAGE_SHIFT;
 
-	if (!may_risk(bytes)) {
+	if (!get_what_it_takes(dma, batch, bytes)) {
 		count_vm_event(MIGRATE_COPY_REFUSED_BUSY);
-		return false;
-	}
-	dma->nr_channels = copy_channels_take(dma->channels, channels_wanted(batch),
-					      folio_nid(batch->items[0].dst));
-	if (!dma->nr_channels) {
-		atomic_long_sub(bytes, &at_risk);
-		if (!copy_channels_exist())
-			copy_engine_give_up(&copy_dma_engine);
-		count_vm_event(MIGRATE_COPY_REFUSED_BUSY);
+		copy_engine_check(&copy_dma_engine);
 		return false;
 	}
 	dma->batch = batch;
 	dma->at_risk = bytes;
+	dma->runs = true;
 	dma->nr_begun = 0;
 	dma->nr_parts = 0;
 	dma->nr_waiting = 0;
@@ -406,9 +447,8 @@ static bool abandon(struct dma_batch *dma, struct copy *copy)
 	copy->abandoned = true;
 	dma->at_risk -= copy->size;
 	atomic_long_add(copy->size, &quarantined);
-	/* Others want to have some batches, too. */
-	if (!dma->nr_abandoned++ && atomic_inc_return(&nr_pinned) >= NR_COPY_BATCHES / 2)
-		copy_engine_give_up(&copy_dma_engine);
+	if (!dma->nr_abandoned++)
+		atomic_inc(&nr_pinned);
 	return true;
 }
 
@@ -429,8 +469,10 @@ static int wait_for_copy(struct dma_batch *dma, struct copy *copy)
 		count_vm_event(MIGRATE_COPY_DMA_TIMEOUTS);
 		dma->late = true;
 		stop_channels(dma, copy);
-		if (abandon(dma, copy))
+		if (abandon(dma, copy)) {
+			copy_engine_check(&copy_dma_engine);
 			return -EBUSY;
+		}
 	}
 	unmap_copy(copy);
 	return copy->err;
@@ -454,6 +496,11 @@ static void dma_end(struct copy_batch *batch)
 {
 	struct dma_batch *dma = dma_batches[batch->nr];
 
+	scoped_guard(spinlock_irqsave, &dma->lock) {
+		dma->runs = false;
+		if (!dma->nr_abandoned)
+			atomic_dec(&nr_used);
+	}
 	atomic_long_sub(dma->at_risk, &at_risk);
 	copy_channels_return(dma->channels, dma->nr_channels);
 }
@@ -500,6 +547,7 @@ const struct copy_engine copy_dma_engine = {
 	.pages_event	= MIGRATE_COPY_DMA_PAGES,
 	.enable		= dma_enable,
 	.disable	= copy_channels_close,
+	.usable		= dma_usable,
 	.start		= dma_start,
 	.wait		= dma_wait,
 	.end		= dma_end,

@@ -18,7 +18,8 @@ struct copy_channel {
 	unsigned long flags;
 };
 
-unsigned int copy_channels_take(struct copy_channel **taken, unsigned int want, int nid);
+unsigned int copy_channels_take(struct copy_channel **taken, unsigned int want, int nid,
+				bool same_device);
 void copy_channels_return(struct copy_channel **taken, unsigned int nr);
 bool copy_channels_exist(void);
 void copy_channel_is_sick(struct copy_channel *channel);

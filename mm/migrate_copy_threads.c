@@ -53,8 +53,10 @@
 #define SLICE		(SZ_64K >> PAGE_SHIFT ?: 1)
 /* What a CPU copies while another one is woken up, several times over. */
 #define SHARE		max(SZ_256K, PAGE_SIZE)
-/* CPUs that are looked at: each is a cache miss or two. */
+/* CPUs that are asked whether they are idle: each is a cache miss or two. */
 #define NR_PROBES	32
+/* CPUs that are asked whose cache they share, which hardly ever changes. */
+#define NR_LOOKS	256
 
 static struct workqueue_struct *helpers_wq;
 static unsigned int max_helpers = 7;
@@ -201,13 +203,16 @@ static bool shares_cache(const int *cpus, unsigned int nr, int cpu)
 static unsigned int add_idle_cpus(int *cpus, unsigned int nr, unsigned int want,
 				  int self)
 {
-	unsigned int probes = NR_PROBES;
+	unsigned int probes = NR_PROBES, looks = NR_LOOKS;
 	int cpu;
 
 	for_each_cpu_wrap(cpu, current->cpus_ptr, self) {
-		if (nr == want || !probes--)
+		if (nr == want || !probes || !looks--)
 			break;
-		if (cpu != self && may_help(cpu) && !shares_cache(cpus, nr, cpu))
+		if (cpu == self || shares_cache(cpus, nr, cpu))
+			continue;
+		probes--;
+		if (may_help(cpu))
 			cpus[nr++] = cpu;
 	}
 	return nr;

@@ -24,6 +24,7 @@
 #include <linux/debugfs.h>
 #include <linux/delay.h>
 #include <linux/dma-direct.h>
+#include <linux/dma-map-ops.h>
 #include <linux/dma-mapping.h>
 #include <linux/dmaengine.h>
 #include <linux/err.h>
@@ -104,7 +105,10 @@ static void free_list(struct list_head *list)
 	INIT_LIST_HEAD(list);
 }
 
-/* What KASAN thinks of memory does not concern a device: copy_page(), not memcpy(). */
+/*
+ * A device reads what it has been given, late, if it has been free since then: be
+ * that poisoned by KASAN, or unmapped by DEBUG_PAGEALLOC.
+ */
 static void copy(const struct test_desc *desc)
 {
 	struct device *dev = desc->tx.chan->device->dev;
@@ -113,7 +117,7 @@ static void copy(const struct test_desc *desc)
 	size_t at;
 
 	for (at = 0; at < desc->len; at += PAGE_SIZE)
-		copy_page(to + at, from + at);
+		copy_from_kernel_nofault(to + at, from + at, PAGE_SIZE);
 }
 
 static void complete_desc(struct test_desc *desc, enum dmaengine_tx_result error)
@@ -333,7 +337,9 @@ static int test_probe(struct platform_device *pdev)
 	dma->device_synchronize = test_synchronize;
 	dma->device_release = test_device_release;
 	dma->terminate_is_final = final;
-	err = dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(64));
+	/* A CPU writes, and has it in its caches. */
+	err = dev_is_dma_coherent(&pdev->dev) ? 0 : -EOPNOTSUPP;
+	err = err ?: dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(64));
 	err = err ?: dma_async_device_register(dma);
 	if (err) {
 		kfree(device);

@@ -157,10 +157,12 @@ static void page_belongs_to_its_folio(struct kunit *test)
 static void order_does_not_matter(struct kunit *test)
 {
 	struct mix *mix = make_mix(test, some_orders, ARRAY_SIZE(some_orders));
-	struct slice slices[32];
+	const unsigned int most = DIV_ROUND_UP(mix->batch->nr_pages, SLICE);
+	struct slice *slices = kunit_kcalloc(test, most, sizeof(*slices), GFP_KERNEL);
 	unsigned int nr = 0, i;
 
-	while (nr < ARRAY_SIZE(slices) && take_slice(mix->batch, &slices[nr]))
+	KUNIT_ASSERT_NOT_NULL(test, slices);
+	while (nr < most && take_slice(mix->batch, &slices[nr]))
 		nr++;
 	KUNIT_ASSERT_GE(test, nr * SLICE, mix->batch->nr_pages);
 	for (i = nr; i--;)

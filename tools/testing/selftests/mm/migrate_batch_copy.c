@@ -2778,6 +2778,52 @@ TEST_F_TIMEOUT(dma, unbind_while_it_hangs, TIMEOUT)
 	expect_nothing_isolated(_metadata);
 }
 
+/* The driver goes and comes, and then its device hangs, with some pages of @a. */
+static long lose_some(struct __test_metadata *_metadata, struct area *a)
+{
+	ASSERT_TRUE(put_in(DMA_DRIVER, "unbind", DMA_DEVICE));
+	ASSERT_TRUE(put_in(DMA_DRIVER, "bind", DMA_DEVICE));
+	ASSERT_TRUE(put_in(SWITCHES, "engine", "dma"));
+	ASSERT_TRUE(put_num(SWITCHES, "dma_timeout_ms", 20));
+	ASSERT_TRUE(use_mode("hang", 0));
+	move(a, false);
+	EXPECT_EQ(bad_page(a), -1);
+	return get_num(SWITCHES, "dma_quarantined");
+}
+
+/*
+ * Devices can have half of the batches, and no more, however few pages they hold:
+ * the others are there for who can still copy. After this there is no engine "dma"
+ * until the next boot. Kills mutant 73.
+ */
+TEST_F_TIMEOUT(dma, loses_half_of_the_batches, TIMEOUT)
+{
+	long held = self->lost, now;
+	struct area few = {};
+	char engine[128] = "";
+	int i;
+
+	if (!access("/sys/kernel/debug/dma-api", F_OK))
+		SKIP(return, "CONFIG_DMA_API_DEBUG would warn");
+	ASSERT_EQ(make_area(&few, SMALL, 256 * 1024), NULL);
+	for (i = 0; i < 8; i++) {
+		now = lose_some(_metadata, &few);
+		if (now == held)
+			break;
+		held = now;
+	}
+	self->lost = now;
+	EXPECT_GE(i, 3);
+	EXPECT_LE(i, 4);
+	ASSERT_TRUE(get_str(SWITCHES, "engine", engine, sizeof(engine)));
+	EXPECT_NE(strstr(engine, "[off]"), NULL);
+	ASSERT_EQ(use_engine("threads"), NULL);
+	held = counted("threads_pages");
+	move_all(_metadata, &self->a, false);
+	EXPECT_GT(counted("threads_pages"), held);
+	expect_nothing_isolated(_metadata);
+}
+
 static pid_t main_pid;
 
 /* What a test that was killed has left behind, too. Not for each child. */
