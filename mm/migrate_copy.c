@@ -26,7 +26,8 @@
  * Who could write to a source after its copy has begun?
  *
  * - Through a page table: its entries have become migration entries, and no TLB
- *   has an old one, as try_to_unmap_flush() came first. fork(), mremap() and
+ *   has an old one, as try_to_unmap_flush() came first; or only one to read by, if
+ *   that is put off (mm/migrate_defer.c). fork(), mremap() and
  *   mprotect() copy, move and change migration entries, faults wait for them, and
  *   munmap() and exit zap them: no entry becomes one that maps the source.
  * - GUP that had a pin before: it has a reference, and the folio is refused. GUP

@@ -100,5 +100,14 @@ lock()	# NAME
 	flock -n 9 || { say "waiting for another run that holds $BUILD/.lock-$1"; flock 9; }
 }
 
+# What the guest of a test must be like, as options for scripts/guest.
+guest_of()	# TEST
+{
+	case $1 in
+	demote_batch*|migrate_promote*) echo --tiers ;;
+	*async.cpuset_is_sync*)         echo --nodes 4 ;;
+	esac
+}
+
 # Skips that are what should happen, "kernel-test: TAP line" as a regex each.
 expected_skip() { grep -v '^#' "$TOP/base/expected-skips" | grep -q . && grep -v '^#' "$TOP/base/expected-skips" | grep -qxEf - <(echo "$1"); }

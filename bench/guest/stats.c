@@ -14,7 +14,7 @@ static const char * const vmstat_prefixes[] = {
 	"pgmigrate_", "nr_tlb_", "thp_", "nr_mlock", "nr_unevictable",
 	"unevictable_pgs_", "nr_isolated_", "pgfault", "pgmajfault",
 	"numa_pages_migrated", "numa_pte_updates", "numa_hint_faults",
-	"pgdemote_", "pgpromote_", "migrate_", "migration_entry_", "kmigrated_",
+	"pgdemote_", "pgpromote_", "migrate_", "migration_entry_", "numa_async_",
 	"compact_migrate_",
 	"nr_anon_pages", "nr_shmem", "allocstall_", "pswpin", "pswpout",
 	"pglazyfree", "nr_swapcached",
