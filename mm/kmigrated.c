@@ -84,12 +84,18 @@
  *
  * Who may have queued what a policy forbids from now on? This mm; and another one that
  * maps the same memory, or did so: a parent that has exited, one that has a shmem file
- * mapped, whose policy is that of all. So a hint has two owners, the mm that it is
- * from, and what the folio belongs to: the root of its anon_vma, or the inode. Both
- * are void if either is. mbind(), set_mempolicy() and migrate_pages() void the mm, and
- * what its VMAs map; a cpuset, all hints there are, as its tasks change one by one.
- * Voids are kept by a hash, as mm_struct has no room: hints of others may become void
- * as well, which are not missed.
+ * mapped, whose policy is that of all. So hints are void by what the folio belongs to:
+ * the root of its anon_vma, the inode, or the mm if it has neither. mbind(),
+ * set_mempolicy() and migrate_pages() void the mm, and what its VMAs map; a cpuset, all
+ * hints there are, as its tasks change one by one. Voids are kept by a hash, as
+ * mm_struct has no room: hints of others may become void as well, which are not
+ * missed. Who has so many voids that most hints come to nothing migrates by itself.
+ *
+ * Copies of pages of a shmem file that is mapped privately belong to the anon_vma of
+ * one mm, but the policy is that of the file, which anybody may change: these are not
+ * queued. What is not seen: memory of a process that has exited is used, within ttl_ms,
+ * by one with a policy that it has had before, at the same PFN, with the same anon_vma
+ * and index, so that the cookie fits.
  *
  * Locks
  *
@@ -137,7 +143,7 @@
 #define RING_SLOTS	256
 /* Folios or pages that are isolated at once: what migrate_pages() unmaps at most */
 #define BATCH_MAX	512
-/* A thread is late if it takes that part of the time that a hint is good for */
+/* A thread is late after that part of the time that a hint is good for, or two of hold_ms */
 #define LAG_SHARE	8
 
 /* What the faults of a CPU leave for the thread of its node. */
@@ -266,7 +272,6 @@ static bool hint_expired(const struct hint *hint, u64 now)
 	const u64 when = hint_time(hint, now);
 
 	return now - when > READ_ONCE(ttl) ||
-	       READ_ONCE(voided[hint->mm]) >= when ||
 	       READ_ONCE(voided[hint->memory]) >= when ||
 	       READ_ONCE(voided_all) >= when;
 }
@@ -315,7 +320,8 @@ static bool ring_lags(struct ring *ring, u64 now)
 	const unsigned int tail = READ_ONCE(ring->tail);
 
 	return ring->head != tail &&
-	       now - hint_time(ring_slot(ring, tail), now) > READ_ONCE(ttl) / LAG_SHARE;
+	       now - hint_time(ring_slot(ring, tail), now) >
+	       max(READ_ONCE(ttl) / LAG_SHARE, 2 * READ_ONCE(hold));
 }
 
 static void ring_push(struct ring *ring, const struct hint *hint)
@@ -351,6 +357,11 @@ static bool ring_has_room(const struct ring *ring)
 /* Memory without a policy, of a task that may use the node. */
 static bool policy_allows(struct vm_fault *vmf, struct folio *folio, int nid)
 {
+	const struct vm_operations_struct *ops = vmf->vma->vm_ops;
+
+	/* The policy of a file, which is not what the folio belongs to */
+	if (folio_test_anon(folio) && ops && ops->get_policy)
+		return false;
 	return node_isset(nid, cpuset_current_mems_allowed) &&
 	       mpol_is_default(vmf->vma, vmf->address, folio_order(folio));
 }
@@ -377,13 +388,16 @@ static enum sync_cause why_sync(struct ring *ring, struct folio *folio, struct v
 /* What others may void the hint by, who map the same memory. */
 static const void *memory_owner(const struct vm_area_struct *vma, const struct folio *folio)
 {
+	const struct anon_vma *anon_vma;
+
 	if (!folio_test_anon(folio))
 		return vma->vm_file ? (void *)vma->vm_file->f_mapping->host : vma->vm_mm;
-	/* It is mapped: so there is an anon_vma. KSM has none, and moves for everybody */
-	return folio_test_ksm(folio) ? (void *)vma->vm_mm : folio_anon_vma(folio)->root;
+	/* None of KSM, which moves for everybody; it may become that now: no PTL there */
+	anon_vma = folio_anon_vma(folio);
+	return anon_vma ? (void *)anon_vma->root : vma->vm_mm;
 }
 
-/* What this CPU has queued for the same mm, and was not migrated. */
+/* Something that the same mm may have queued on this CPU was not migrated. */
 static bool was_told_failure(struct ring *ring, const struct hint *hint)
 {
 	if (READ_ONCE(ring->failed_mm) != hint->mm + 1)
@@ -392,13 +406,19 @@ static bool was_told_failure(struct ring *ring, const struct hint *hint)
 	return true;
 }
 
+/* Nothing more can come from one CPU when its ring is full. */
+static unsigned int enough(void)
+{
+	return min(READ_ONCE(batch_size), READ_ONCE(ring_size));
+}
+
 static void wake_thread(struct knode *knode, unsigned int nr_waiting)
 {
 	/* Not only for the first one in a ring: who empties it may not see it yet */
 	if (wq_has_sleeper(&knode->idle))
 		wake_up(&knode->idle);
 	/* A wake-up that is lost costs no more than the rest of hold_ms */
-	else if (nr_waiting == READ_ONCE(batch_size) && waitqueue_active(&knode->full))
+	else if (nr_waiting == enough() && waitqueue_active(&knode->full))
 		wake_up(&knode->full);
 }
 
@@ -587,14 +607,12 @@ static struct folio *hint_folio(const struct hint *hint)
 	struct page *page = pfn_to_online_page(hint->pfn);
 	struct folio *folio;
 
-	if (!page)
-		return NULL;
-	if (PageTail(page))
+	if (!page || PageTail(page))
 		return NULL;
 	folio = page_folio(page);
-	if (!folio_test_lru(folio) || !folio_try_get(folio))
+	if (!folio_try_get(folio))
 		return NULL;
-	if (page_folio(page) == folio && folio_pfn(folio) == hint->pfn &&
+	if (page_folio(page) == folio && folio_test_lru(folio) &&
 	    folio_cookie(folio) == hint->cookie)
 		return folio;
 	folio_put(folio);
@@ -683,7 +701,11 @@ static void free_dst(struct folio *dst, unsigned long private)
 	folio_put(dst);
 }
 
-/* Nobody is there to be told: the next task of that mm that queues on that CPU is. */
+/*
+ * Nobody is there to be told: the next task that queues on that CPU is, if it is of the
+ * mm that the last one in the batch was of. A batch of several mms may tell the wrong one,
+ * whose memory is looked at less often then.
+ */
 static void tell_failure(struct knode *knode)
 {
 	int cpu;
@@ -722,7 +744,8 @@ static void migrate_batch(struct batch *batch)
 static void note_failures(struct batch *batch)
 {
 	struct knode *knode = batch->knode;
-	const unsigned int failed = batch->fates[HINT_FAILED] + batch->fates[HINT_NOT_ISOLATED];
+	const unsigned int failed = batch->fates[HINT_FAILED] + batch->fates[HINT_EXPIRED] +
+				    batch->fates[HINT_NOT_ISOLATED];
 	const unsigned int tried = failed + batch->fates[HINT_MIGRATED];
 
 	if (!tried)
@@ -807,13 +830,11 @@ static int kmigrated(void *data)
 	while (!kthread_should_stop()) {
 		wait_event_freezable(knode->idle, has_waiting(knode, 1));
 		wait_event_freezable_timeout(knode->full,
-					     has_waiting(knode, READ_ONCE(batch_size)),
-					     READ_ONCE(hold));
+					     has_waiting(knode, enough()), READ_ONCE(hold));
 		if (!kthread_should_stop())
 			do_batch(knode);
 		cond_resched();
 	}
-	drop_hints(knode);
 	return 0;
 }
 
@@ -846,6 +867,8 @@ static void stop_threads(void)
 			continue;
 		kthread_stop(knode->task);
 		knode->task = NULL;
+		/* Not by the thread, which may never have run */
+		drop_hints(knode);
 	}
 }
 
@@ -1050,9 +1073,13 @@ static ssize_t waiting_show(struct kobject *kobj, struct kobj_attribute *attr, c
 	unsigned int nr = 0;
 	int nid;
 
-	for_each_node(nid)
-		if (knodes[nid])
-			nr += nr_waiting(knodes[nid]) + READ_ONCE(knodes[nid]->nr_flying);
+	for_each_node(nid) {
+		if (!knodes[nid])
+			continue;
+		/* In this order: what is taken meanwhile is counted twice, not never */
+		nr += nr_waiting(knodes[nid]);
+		nr += READ_ONCE(knodes[nid]->nr_flying);
+	}
 	return sysfs_emit(buf, "%u\n", nr);
 }
 

@@ -171,6 +171,9 @@ static bool locks_to_write(struct address_space *mapping)
 		return true;
 	if (mapping_inaccessible(mapping) || !moves_as_usual(mapping))
 		return false;
+	/* Filesystems write to their metadata with no more than a reference. */
+	if (mapping->host && S_ISBLK(mapping->host->i_mode))
+		return false;
 	if (!shmem_mapping(mapping))
 		return true;
 	/* Drivers that keep data there do not. */
@@ -187,7 +190,8 @@ static int refusal(struct folio *dst, struct folio *src)
 		return MIGRATE_COPY_REFUSED_PRIVATE;
 	if (!locks_to_write(folio_mapping(src)))
 		return MIGRATE_COPY_REFUSED_MAPPING;
-	if (folio_ref_count(src) != folio_expected_ref_count(src) + 1)
+	/* A mapping that is there again would be expected, too. */
+	if (folio_mapped(src) || folio_ref_count(src) != folio_expected_ref_count(src) + 1)
 		return MIGRATE_COPY_REFUSED_REFS;
 	return 0;
 }

@@ -71,6 +71,8 @@
 #define MAX_BATCHES	(NR_COPY_BATCHES / 2)
 /* Parts that a channel has at a time. */
 #define QUEUED		8
+/* A batch has so many times what a device has to answer in, and the last of it. */
+#define MAX_TIMEOUTS	10
 
 /* What one descriptor copies. */
 struct part {
@@ -98,6 +100,7 @@ struct dma_batch {
 	/* What parts and copies are up to. */
 	spinlock_t lock;
 	unsigned long deadline;		/* jiffies */
+	unsigned long end;		/* nothing is begun any more */
 	unsigned long at_risk;		/* bytes that have not been abandoned */
 	struct copy_channel *channels[COPY_CHANNELS];
 	unsigned int nr_channels;
@@ -252,7 +255,6 @@ static void begin_parts(struct dma_batch *dma, struct copy *copy, unsigned int f
 	/* Callbacks come at any time: count all of them before the first one. */
 	copy->nr_parts = DIV_ROUND_UP(copy->size, size);
 	copy->pending = copy->nr_parts;
-	dma->nr_waiting += copy->nr_parts;
 	for (i = 0, offset = 0; offset < copy->size; i++, offset += size)
 		begin_part(dma, copy, same[i], offset, min(size, copy->size - offset));
 }
@@ -267,13 +269,21 @@ static void begin_copy(struct dma_batch *dma, unsigned int i)
 	copy->dev = NULL;
 	copy->abandoned = false;
 	copy->err = -ENOSPC;
+	/* One that is not begun has its place all the same: others have not more each */
+	copy->nr_parts = 1;
 	reinit_completion(&copy->done);
-	if (dma->late || dma->nr_parts + COPY_CHANNELS > NR_PARTS)
+	if (dma->late || dma->nr_parts + COPY_CHANNELS > NR_PARTS ||
+	    time_after(jiffies, dma->end))
 		return;
 	copy->err = map_copy(copy, dmaengine_get_dma_device(dma->channels[first]->chan),
 			     item);
 	if (!copy->err)
 		begin_parts(dma, copy, first);
+}
+
+static unsigned long timeout(void)
+{
+	return msecs_to_jiffies(READ_ONCE(timeout_ms)) + 1;
 }
 
 /* Devices have their time from when they last got something: others take theirs. */
@@ -283,7 +293,7 @@ static void issue(struct dma_batch *dma)
 
 	for (i = 0; i < dma->nr_channels; i++)
 		dma_async_issue_pending(dma->channels[i]->chan);
-	dma->deadline = jiffies + msecs_to_jiffies(READ_ONCE(timeout_ms)) + 1;
+	dma->deadline = jiffies + timeout();
 }
 
 static void begin_copies(struct dma_batch *dma)
@@ -291,8 +301,10 @@ static void begin_copies(struct dma_batch *dma)
 	const unsigned int before = dma->nr_begun;
 
 	while (dma->nr_begun < dma->batch->nr_items &&
-	       dma->nr_waiting < QUEUED * dma->nr_channels)
-		begin_copy(dma, dma->nr_begun++);
+	       dma->nr_waiting < QUEUED * dma->nr_channels) {
+		begin_copy(dma, dma->nr_begun);
+		dma->nr_waiting += dma->copies[dma->nr_begun++].nr_parts;
+	}
 	if (dma->nr_begun > before && !dma->late)
 		issue(dma);
 }
@@ -369,6 +381,7 @@ static bool dma_start(struct copy_batch *batch)
 	dma->nr_parts = 0;
 	dma->nr_waiting = 0;
 	dma->late = false;
+	dma->end = jiffies + MAX_TIMEOUTS * timeout();
 	begin_copies(dma);
 	return true;
 }
@@ -484,9 +497,7 @@ static int dma_wait(struct copy_batch *batch, struct copy_item *item)
 	struct copy *copy = &dma->copies[item - batch->items];
 	int err;
 
-	if (!copy->dev)
-		return copy->err;
-	err = wait_for_copy(dma, copy);
+	err = copy->dev ? wait_for_copy(dma, copy) : copy->err;
 	dma->nr_waiting -= copy->nr_parts;
 	begin_copies(dma);
 	return err;

@@ -148,7 +148,7 @@ struct defer_node {
 	int nid;
 	struct kobject *kobj;
 
-	/* Who reclaim memory of the node directly; counted if it is off, too. */
+	/* Who reclaim memory of the node directly, and came when this was on. */
 	atomic_t nr_reclaimers ____cacheline_aligned_in_smp;
 };
 
@@ -404,7 +404,8 @@ bool __migrate_defer_flush(struct list_head *srcs, struct list_head *dsts,
 	unsigned long nr;
 	int event;
 
-	if (!(REASONS & BIT(reason)) || list_empty(srcs) || !current->tlb_ubc.flush_required)
+	if (!(REASONS & BIT(reason)) || list_empty(srcs) ||
+	    !current->tlb_ubc.flush_required || !current->tlb_ubc.deferrable)
 		return false;
 	nr = deferrable_pages(srcs, dsts);
 	if (!nr)
@@ -433,6 +434,7 @@ bool __migrate_defer_flush(struct list_head *srcs, struct list_head *dsts,
 void __migrate_defer_begin(void)
 {
 	try_to_unmap_flush();
+	current->tlb_ubc.deferrable = true;
 }
 
 /* --- sources ---------------------------------------------------------------- */
@@ -465,13 +467,13 @@ void __migrate_defer_source(struct folio *src, struct folio *dst)
 		set_bit(AS_TLB_DEFERRED, &mapping->flags);
 	migrate_defer_debug_delay();
 
+	mod_node_page_state(NODE_DATA(node->nid), NR_MIGRATE_DEFERRED, nr);
 	spin_lock(&node->lock);
 	list_add_tail(&src->lru, &node->folios);
 	keep_promise(node, nr);
 	WRITE_ONCE(node->nr_held, node->nr_held + nr);
 	start_deadline(node);
 	spin_unlock(&node->lock);
-	mod_node_page_state(NODE_DATA(node->nid), NR_MIGRATE_DEFERRED, nr);
 	count_vm_events(MIGRATE_DEFER_PAGES, nr);
 
 	/* See "Writers". Pairs with get_write_access() and migrate_defer_writer(). */
@@ -521,16 +523,17 @@ void migrate_defer_writer(struct inode *inode)
 EXPORT_SYMBOL(migrate_defer_writer);
 
 /* Nothing more is held of a node while somebody reclaims memory of it directly. */
-void migrate_defer_pause(int nid)
+bool __migrate_defer_pause(int nid)
 {
-	if (nodes[nid])
-		atomic_inc(&nodes[nid]->nr_reclaimers);
+	if (!nodes[nid])
+		return false;
+	atomic_inc(&nodes[nid]->nr_reclaimers);
+	return true;
 }
 
 void migrate_defer_resume(int nid)
 {
-	if (nodes[nid])
-		atomic_dec(&nodes[nid]->nr_reclaimers);
+	atomic_dec(&nodes[nid]->nr_reclaimers);
 }
 
 /* --- on and off ------------------------------------------------------------- */

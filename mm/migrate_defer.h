@@ -11,6 +11,7 @@
 #include <linux/kconfig.h>
 #include <linux/migrate_mode.h>
 #include <linux/nodemask.h>
+#include <linux/sched.h>
 #include <linux/types.h>
 #include <linux/vmstat.h>
 
@@ -50,7 +51,7 @@ void __migrate_defer_source(struct folio *src, struct folio *dst);
 void __migrate_defer_forget(struct folio *src);
 bool __migrate_defer_drain(const nodemask_t *nodes, enum migrate_defer_cause cause);
 bool __migrate_defer_drain_node(int nid, enum migrate_defer_cause cause);
-void migrate_defer_pause(int nid);
+bool __migrate_defer_pause(int nid);
 void migrate_defer_resume(int nid);
 
 #ifdef CONFIG_MIGRATION_DEFER_DEBUG
@@ -85,12 +86,15 @@ static inline unsigned int migrate_defer_debug_deadline(unsigned int ms)
 
 /*
  * Migration begins. What the task has unmapped before is nothing that could be
- * deferred: it is flushed first.
+ * deferred: it is flushed first. If this is off, nothing that the task unmaps is
+ * deferred before the next migration, whenever it is switched on.
  */
 static inline void migrate_defer_begin(void)
 {
 	if (static_branch_unlikely(&migrate_defer_on))
 		__migrate_defer_begin();
+	else
+		current->tlb_ubc.deferrable = false;
 }
 
 /* Does the flush that is due for @srcs come later? Then their sources are held. */
@@ -121,6 +125,12 @@ static inline unsigned long migrate_defer_held(struct pglist_data *pgdat)
 {
 	return static_branch_unlikely(&migrate_defer_on) ?
 	       node_page_state(pgdat, NR_MIGRATE_DEFERRED) : 0;
+}
+
+/* Nothing more is held of the node until migrate_defer_resume(), if this says so. */
+static inline bool migrate_defer_pause(int nid)
+{
+	return static_branch_unlikely(&migrate_defer_on) && __migrate_defer_pause(nid);
 }
 
 static inline bool migrate_defer_drain_node(int nid, enum migrate_defer_cause cause)
@@ -168,19 +178,12 @@ static inline bool migrate_defer_drain_node(int nid, enum migrate_defer_cause ca
 	return false;
 }
 
-static inline void migrate_defer_pause(int nid)
+static inline bool migrate_defer_pause(int nid)
 {
+	return false;
 }
 
 static inline void migrate_defer_resume(int nid)
-{
-}
-#endif
-
-#ifdef CONFIG_MIGRATION_DEFER_DEBUG
-void migrate_defer_check_writer(struct folio *folio);
-#else
-static inline void migrate_defer_check_writer(struct folio *folio)
 {
 }
 #endif

@@ -116,10 +116,18 @@ struct file {
 	int *nodes, *status;
 };
 
-/* The first word of page @i after change @n: it grows, and says which page it is. */
+/*
+ * The first word of page @i after change @n: says which page it is, and grows. So it
+ * does while the kernel writes it byte by byte, as the high bytes of @n come first.
+ */
 static uint64_t version(size_t i, uint64_t n)
 {
-	return n << 8 | i;
+	return __builtin_bswap64(n) | i;
+}
+
+static uint64_t change_of(uint64_t version)
+{
+	return __builtin_bswap64(version & ~0xffULL);
 }
 
 /* All others stay what they are. The first of these is code that returns @i. */
@@ -313,7 +321,7 @@ static void read_page(struct reader *r, size_t i)
 	/* The kernel may be at it, and writes bytes in order */
 	if ((value & 0xff) == OVERWRITTEN)
 		atomic_fetch_add(&r->overwritten, 1);
-	else if (value >> 8 < least && atomic_load(&taken_back) == before)
+	else if (change_of(value) < least && atomic_load(&taken_back) == before)
 		atomic_fetch_add(&r->old, 1);
 	else if (value && value != ~0ULL && (value & 0xff) != i)
 		atomic_fetch_add(&r->wrong, 1);

@@ -19,6 +19,14 @@
  *   async.expires		hints are good for ever
  *   async.dirty_file		what has become dirty is migrated
  *   async.cpuset_is_sync	tasks queue for nodes that they may not use
+ *   async.policy_is_sync	or memory that has a policy
+ *   async.private_shmem_is_sync  or of a file that may have one
+ *   async.partially_mapped	what is partially mapped is split and migrated
+ *   async.switched_off		hints outlive the thread
+ *   async.cpu_offline		those of a CPU that is offline are not looked at
+ *   async.converges		the thread is not woken
+ *   async.lags			a thread that is late is waited for
+ *   async.failures		tasks do not migrate for themselves when much fails
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -27,6 +35,7 @@
 
 #define CGROUP		"/sys/fs/cgroup/numa_async_"
 #define FAULTS		"/sys/kernel/debug/fail_page_alloc/"
+#define KSM		"/sys/kernel/mm/ksm/"
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE	25
 #endif
@@ -224,6 +233,45 @@ TEST_F_TIMEOUT(async, reused, 120)
 	EXPECT_GE(event("numa_async_stale") - stale, NR_SOME * 3 / 4);
 	/* They go back to a list of this CPU, and are the first to come from there */
 	EXPECT_GT(reused, 0);
+}
+
+/* What is queued when it is switched off is forgotten, and counted. */
+TEST_F_TIMEOUT(async, switched_off, 120)
+{
+	char *mem = memory_on(self->from, self->to, NR_SOME, -1);
+	const long expired = event("numa_async_expired");
+
+	pause_it(true);
+	ASSERT_TRUE(queue(mem, NR_SOME, NR_SOME));
+	put("/proc/sys/kernel/numa_balancing", 0);
+	put(SWITCH, 0);
+	EXPECT_GE(event("numa_async_expired") - expired, NR_SOME);
+	EXPECT_EQ(get(LIMITS "waiting"), 0);
+	EXPECT_EQ(nr_on(mem, NR_SOME, self->from), NR_SOME);
+}
+
+/* What a CPU has left behind when it goes offline is migrated. */
+TEST_F_TIMEOUT(async, cpu_offline, 120)
+{
+	const long migrated = event("numa_async_migrated");
+	const int cpu = cpu_of(self->to) + 1;
+	char *mem = memory_on(self->from, self->to, NR_SOME, -1);
+	char path[64];
+
+	snprintf(path, sizeof(path), "/sys/devices/system/node/node%d/cpu%d", self->to, cpu);
+	if (access(path, F_OK))
+		SKIP(return, "needs a node with two CPUs");
+	snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu%d/online", cpu);
+	pause_it(true);
+	run_on_cpu(cpu);
+	ASSERT_TRUE(queue(mem, NR_SOME, NR_SOME));
+	put("/proc/sys/kernel/numa_balancing", 0);
+	run_on(self->to);
+	ASSERT_TRUE(put(path, 0));
+	EXPECT_TRUE(resume());
+	EXPECT_TRUE(put(path, 1));
+	EXPECT_GE(event("numa_async_migrated") - migrated, NR_SOME * 3 / 4);
+	EXPECT_EQ(wrong_pages(mem, NR_SOME), 0);
 }
 
 /* --- what may happen to memory meanwhile ------------------------------------------ */
@@ -435,6 +483,19 @@ static int by_cpuset(char *mem, size_t nr, int from, int to)
 	return put_str(CGROUP "a/cpuset.mems", buf) ? 0 : -errno;
 }
 
+/* This task gets into another one. */
+static int by_attaching(char *mem, size_t nr, int from, int to)
+{
+	char buf[16];
+
+	snprintf(buf, sizeof(buf), "%d", from);
+	put_str("/sys/fs/cgroup/cgroup.subtree_control", "+cpuset");
+	if (mkdir(CGROUP "a", 0755) && errno != EEXIST)
+		return -errno;
+	return put_str(CGROUP "a/cpuset.mems", buf) &&
+	       put_str(CGROUP "a/cgroup.procs", "0") ? 0 : -errno;
+}
+
 /* Another process that maps the same file. */
 static int by_another(char *mem, size_t nr, int from, int to)
 {
@@ -452,6 +513,7 @@ FIXTURE_VARIANT_ADD(voids, mbind_strict) { .forbid = by_mbind_strict };
 FIXTURE_VARIANT_ADD(voids, set_mempolicy) { .forbid = by_set_mempolicy };
 FIXTURE_VARIANT_ADD(voids, migrate_pages) { .forbid = by_migrate_pages };
 FIXTURE_VARIANT_ADD(voids, cpuset) { .forbid = by_cpuset };
+FIXTURE_VARIANT_ADD(voids, attaching) { .forbid = by_attaching };
 FIXTURE_VARIANT_ADD(voids, shmem) { .forbid = by_mbind, .shared = true };
 FIXTURE_VARIANT_ADD(voids, shmem_of_another) { .forbid = by_another, .shared = true };
 
@@ -485,7 +547,8 @@ FIXTURE_SETUP(voids)
 	self->from = self->numa.node[0];
 	self->to = self->numa.node[1];
 	self->fd = -1;
-	if (variant->forbid == by_cpuset && !own_cgroup("a", "+cpuset")) {
+	if ((variant->forbid == by_cpuset && !own_cgroup("a", "+cpuset")) ||
+	    (variant->forbid == by_attaching && access("/sys/fs/cgroup/cpuset.mems.effective", F_OK))) {
 		stop(&self->numa);
 		SKIP(return, "needs cgroup v2 with cpuset in /sys/fs/cgroup");
 	}
@@ -500,7 +563,7 @@ FIXTURE_SETUP(voids)
 FIXTURE_TEARDOWN(voids)
 {
 	EXPECT_TRUE(stop(&self->numa));
-	if (variant->forbid == by_cpuset)
+	if (variant->forbid == by_cpuset || variant->forbid == by_attaching)
 		no_cgroup("a");
 }
 
@@ -634,6 +697,29 @@ TEST_F_TIMEOUT(async, policy_is_sync, 120)
 	EXPECT_LT(event("numa_async_queued") - queued, nr / 2);
 }
 
+/* Copies of a shmem file's pages: the file's policy, which anybody may change. */
+TEST_F_TIMEOUT(async, private_shmem_is_sync, 120)
+{
+	const size_t nr = 512;
+	const long policy = event("numa_async_sync_policy");
+	const int fd = memfd_create("numa_async", 0);
+	long queued;
+	char *mem;
+
+	ASSERT_EQ(ftruncate(fd, nr * psize()), 0);
+	run_on(self->from);
+	mem = mmap(NULL, nr * psize(), PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+	ASSERT_NE(mem, MAP_FAILED);
+	fill(mem, nr);
+	run_on(self->to);
+	drain_lru(self->to);
+	queued = event("numa_async_queued");
+	EXPECT_TRUE(converge(mem, nr, self->to));
+	EXPECT_EQ(wrong_pages(mem, nr), 0);
+	EXPECT_GT(event("numa_async_sync_policy") - policy, nr / 2);
+	EXPECT_LT(event("numa_async_queued") - queued, nr / 2);
+}
+
 /* A task may not have memory where it runs: neither may it have it taken there. */
 TEST_F_TIMEOUT(async, cpuset_is_sync, 120)
 {
@@ -661,6 +747,7 @@ TEST_F_TIMEOUT(async, cpuset_is_sync, 120)
 TEST_F_TIMEOUT(async, partially_mapped, 120)
 {
 	const size_t nr = 512;
+	const long stale = event("numa_async_stale");
 	char *mem;
 
 	pause_it(true);
@@ -673,6 +760,7 @@ TEST_F_TIMEOUT(async, partially_mapped, 120)
 	for (size_t i = 0; i < nr; i += 16)
 		madvise(mem + i * psize(), psize(), MADV_DONTNEED);
 	ASSERT_TRUE(resume());
+	EXPECT_GE(event("numa_async_stale") - stale, nr / 16 * 3 / 4);
 	for (size_t i = 0; i < nr; i++)
 		EXPECT_EQ(*(uint64_t *)(mem + i * psize()), i % 16 ? pattern(i, 0) : 0);
 }
@@ -801,11 +889,8 @@ static bool use_memory_of_b(void *arg)
 static void keep_awake(int cpu)
 {
 	const double end = now() + 0.05;
-	cpu_set_t set;
 
-	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
-	sched_setaffinity(0, sizeof(set), &set);
+	run_on_cpu(cpu);
 	while (now() < end)
 		;
 }
@@ -915,6 +1000,25 @@ struct writer {
 	bool wrong;
 };
 
+/* Pages that are the same become one, and are no longer when they are written to. */
+static void merging(char *mem, size_t nr, int *node)
+{
+	static char *same;
+	const double end = now() + 0.05;
+
+	if (!same) {
+		same = memory_on(node[0], node[1], NR_SOME, -1);
+		madvise(same, NR_SOME * psize(), MADV_MERGEABLE);
+		put(KSM "pages_to_scan", 10000);
+		put(KSM "sleep_millisecs", 1);
+		put(KSM "run", 1);
+	}
+	for (size_t page = 0; page < NR_SOME; page++)
+		memset(same + page * psize(), 1, psize());
+	while (now() < end)
+		touch(same, NR_SOME);
+}
+
 /* Each has a word of its own in each page, which counts. */
 static void *write_words(void *arg)
 {
@@ -1017,12 +1121,17 @@ FIXTURE_VARIANT_ADD(storm, switches) { .meddle = switching };
 FIXTURE_VARIANT_ADD(storm, mbind) { .meddle = binding };
 FIXTURE_VARIANT_ADD(storm, limits) { .meddle = limits };
 FIXTURE_VARIANT_ADD(storm, cpus) { .meddle = unplugging_cpus };
+FIXTURE_VARIANT_ADD(storm, ksm) { .meddle = merging };
 FIXTURE_VARIANT_ADD(storm, everything) { .meddle = everything };
 
 FIXTURE_SETUP(storm)
 {
 	const char *why = start(&self->numa, false);
 
+	if (!why && variant->meddle == merging && access(KSM "run", W_OK)) {
+		stop(&self->numa);
+		why = "needs CONFIG_KSM";
+	}
 	if (why)
 		SKIP(return, "%s", why);
 	self->from = self->numa.node[0];
@@ -1055,6 +1164,11 @@ TEST_F_TIMEOUT(storm, loses_nothing, 120)
 	while (now() < end)
 		variant->meddle(self->mem, NR_STORM, self->numa.node);
 	EXPECT_EQ(misplaced, 0);
+	if (variant->meddle == merging) {
+		EXPECT_GT(get(KSM "full_scans"), 0);
+		put(KSM "run", 2);
+		put(KSM "run", 0);
+	}
 	__atomic_store_n(&self->stop, true, __ATOMIC_RELAXED);
 	for (int i = 0; i < 4; i++) {
 		pthread_join(self->threads[i], NULL);

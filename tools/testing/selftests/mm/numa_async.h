@@ -71,13 +71,18 @@ static inline int cpu_of(int node)
 	return get(path);
 }
 
-static inline bool run_on(int node)
+static inline bool run_on_cpu(int cpu)
 {
 	cpu_set_t set;
 
 	CPU_ZERO(&set);
-	CPU_SET(cpu_of(node), &set);
+	CPU_SET(cpu, &set);
 	return !sched_setaffinity(0, sizeof(set), &set);
+}
+
+static inline bool run_on(int node)
+{
+	return run_on_cpu(cpu_of(node));
 }
 
 static inline size_t nr_on(char *mem, size_t nr, int node)
