@@ -17,6 +17,8 @@
  * 36: a run may have pages mapped writable, and others that are not
  * 37: entries of a run may differ in soft-dirty and in write protection
  * 39: of a run, all are soft-dirty if a page is dirty
+ * 130: a run goes on where its VMA ends
+ * 132: a run that is restored has one reference
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -237,6 +239,37 @@ TEST_F(pte_batch, two_vmas)
 	for (int i = 0; i < a->nr_folios; i++)
 		ASSERT_EQ(mprotect(folio_addr(a, i), a->size / 2, PROT_READ), 0);
 	move_and_compare(_metadata, a);
+}
+
+/* Can the kernel read it for us? */
+static bool is_readable(const char *page)
+{
+	int fds[2];
+	bool good;
+
+	if (pipe(fds))
+		return false;
+	good = write(fds[1], page, 1) == 1;
+	close(fds[0]);
+	close(fds[1]);
+	return good;
+}
+
+/* Also if nothing else tells their pages apart. Kills mutant 130. */
+TEST_F(pte_batch, two_vmas_alike)
+{
+	struct area *a = &self->a;
+	const size_t half = folio_pages(a) / 2;
+
+	ASSERT_TRUE(protect_all(a));
+	for (int i = 0; i < a->nr_folios; i++)
+		ASSERT_EQ(mprotect(folio_addr(a, i) + a->size / 2, a->size / 2, PROT_NONE), 0);
+	ASSERT_TRUE(start_move(a));
+	ASSERT_GE(nr_moved(a), a->block < 0 ? a->nr_folios : 1);
+	for (size_t i = 0; i < a->nr; i++)
+		ASSERT_EQ(is_readable(page_of(a, i)), i % folio_pages(a) < half);
+	ASSERT_EQ(mprotect(a->mem, a->len, PROT_READ | PROT_WRITE), 0);
+	EXPECT_EQ(bad_page(a), -1);
 }
 
 /* ... and where a page table ends: one folio, at least, lies in two. */
