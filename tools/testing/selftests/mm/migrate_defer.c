@@ -659,6 +659,45 @@ TEST_F_TIMEOUT(held, open_for_writing, 60)
 	close(fd);
 }
 
+/* Who binds memory to a node is one of those who defer. */
+TEST_F_TIMEOUT(held, by_mbind, 60)
+{
+	const unsigned long mask = 1UL << self->f.node[1];
+	const long before = counter("migrate_defer_pages");
+
+	put(DEBUG, "cap_pages", 4096);
+	put(DEBUG, "deadline_ms", 600000);
+	ASSERT_EQ(syscall(__NR_mbind, self->f.mem, NR_PAGES * psize(), MPOL_BIND, &mask,
+			  8 * sizeof(mask), MPOL_MF_MOVE | MPOL_MF_STRICT), 0);
+	EXPECT_EQ(counter("migrate_defer_pages") - before, NR_PAGES);
+	EXPECT_EQ(held(), NR_PAGES);
+}
+
+/* A filesystem that has not said so may change pages whenever it likes. Mutant 133. */
+TEST_F_TIMEOUT(held, other_filesystem, 60)
+{
+	const int fd = memfd_create("migrate_defer", 0);
+	const long before = counter("migrate_defer_pages");
+	const long denied = counter("migrate_defer_denied_fs");
+	struct file *f = &self->f;
+	char *mem;
+
+	for (size_t i = 0; i < f->nr; i++)
+		ASSERT_TRUE(write_page(fd, i, 1));
+	mem = mmap(NULL, f->nr * psize(), PROT_READ, MAP_PRIVATE, fd, 0);
+	ASSERT_NE(mem, MAP_FAILED);
+	close(fd);
+	for (size_t i = 0; i < f->nr; i++) {
+		f->pages[i] = mem + i * psize();
+		FORCE_READ(mem[i * psize()]);
+	}
+	/* Wherever they are */
+	move(f, 0, f->nr, 0);
+	EXPECT_EQ(move(f, 0, f->nr, 1), f->nr);
+	EXPECT_EQ(counter("migrate_defer_pages"), before);
+	EXPECT_GE(counter("migrate_defer_denied_fs") - denied, (long)f->nr);
+}
+
 TEST_F_TIMEOUT(held, anonymous, 60)
 {
 	const long denied = counter("migrate_defer_denied_anon_dirty") +
@@ -1029,6 +1068,7 @@ FIXTURE_VARIANT(litmus) {
 	bool flushes;		/* somebody else has the reader's CPU flush TLBs */
 	bool same;		/* what is read does not change */
 	bool slow;		/* processes are started, or stopped */
+	bool switches;		/* it is switched off and on all the time */
 };
 
 FIXTURE_VARIANT_ADD(litmus, pwrite)
@@ -1040,6 +1080,8 @@ FIXTURE_VARIANT_ADD(litmus, next_writer)
 	  .single = true };
 FIXTURE_VARIANT_ADD(litmus, flushed_by_others)
 	{ .change = by_pwrite, .flags = MAP_SHARED, .writers = 1, .flushes = true };
+FIXTURE_VARIANT_ADD(litmus, switched)
+	{ .change = by_pwrite, .flags = MAP_SHARED, .writers = 1, .switches = true };
 FIXTURE_VARIANT_ADD(litmus, store)
 	{ .change = by_store, .flags = MAP_SHARED, .writers = 1 };
 FIXTURE_VARIANT_ADD(litmus, truncation)
@@ -1201,6 +1243,11 @@ TEST_F_TIMEOUT(litmus, nobody_reads_what_is_old, TIMEOUT)
 		if (variant->writers > 1) {
 			wait_for_deferral();
 			pthread_barrier_wait(&self->l.both);
+		}
+		/* The writer finds nothing that is held then, or what is new */
+		if (variant->switches && n % 4 == 0) {
+			ASSERT_TRUE(put(SWITCHES, "enabled", 0));
+			ASSERT_TRUE(put(SWITCHES, "enabled", 1));
 		}
 		ASSERT_TRUE(variant->change(&self->l, i));
 		if (variant->all)
