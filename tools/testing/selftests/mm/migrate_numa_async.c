@@ -548,7 +548,8 @@ FIXTURE_SETUP(voids)
 	self->to = self->numa.node[1];
 	self->fd = -1;
 	if ((variant->forbid == by_cpuset && !own_cgroup("a", "+cpuset")) ||
-	    (variant->forbid == by_attaching && access("/sys/fs/cgroup/cpuset.mems.effective", F_OK))) {
+	    (variant->forbid == by_attaching &&
+	     access("/sys/fs/cgroup/cpuset.mems.effective", F_OK))) {
 		stop(&self->numa);
 		SKIP(return, "needs cgroup v2 with cpuset in /sys/fs/cgroup");
 	}
