@@ -25,6 +25,7 @@
  *   async.switched_off		hints outlive the thread
  *   async.cpu_offline		those of a CPU that is offline are not looked at
  *   async.converges		the thread is not woken
+ *   async.binds_something_else	a policy voids all hints of a process
  *   async.lags			a thread that is late is waited for
  *   async.failures		tasks do not migrate for themselves when much fails
  */
@@ -627,6 +628,74 @@ TEST_F_TIMEOUT(async, relatives, 120)
 	ASSERT_EQ(write(gone[1], &byte, 1), 1);
 	EXPECT_EQ(read(done[0], &byte, 1), 1);
 	EXPECT_TRUE(byte);
+}
+
+struct binder {
+	int node;
+	bool stop;
+};
+
+/* A policy for memory of its own, again and again. */
+static void *bind_all_the_time(void *arg)
+{
+	struct binder *binder = arg;
+	void *page = mmap(NULL, psize(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			  -1, 0);
+
+	*(char *)page = 1;
+	while (!__atomic_load_n(&binder->stop, __ATOMIC_RELAXED)) {
+		mbind_node(page, psize(), binder->node, 0);
+		poll(NULL, 0, 1);
+	}
+	munmap(page, psize());
+	return NULL;
+}
+
+/* Most of what is queued is migrated, whoever sets policies for something else. */
+static void converge_all_the_same(struct __test_metadata *_metadata, int from, int to)
+{
+	const size_t nr = 4096;
+	long queued, expired, migrated;
+	char *mem;
+
+	put(LIMITS "hold_ms", 100);
+	mem = memory_on(from, to, nr, -1);
+	ASSERT_TRUE(settle());
+	queued = event("numa_async_queued");
+	expired = event("numa_async_expired");
+	migrated = event("numa_async_migrated");
+	EXPECT_TRUE(converge(mem, nr, to));
+	ASSERT_TRUE(settle());
+	queued = event("numa_async_queued") - queued;
+	expired = event("numa_async_expired") - expired;
+	migrated = event("numa_async_migrated") - migrated;
+	TH_LOG("%ld queued, %ld of them expired, %ld migrated", queued, expired, migrated);
+	EXPECT_GT(migrated, nr / 4);
+	EXPECT_LE(10 * expired, queued);
+	EXPECT_EQ(wrong_pages(mem, nr), 0);
+}
+
+TEST_F_TIMEOUT(async, others_bind, 120)
+{
+	struct binder binder = { .node = self->from };
+	const pid_t pid = fork();
+
+	if (!pid)
+		bind_all_the_time(&binder);
+	converge_all_the_same(_metadata, self->from, self->to);
+	kill(pid, SIGKILL);
+	waitpid(pid, NULL, 0);
+}
+
+TEST_F_TIMEOUT(async, binds_something_else, 120)
+{
+	struct binder binder = { .node = self->from };
+	pthread_t thread;
+
+	ASSERT_EQ(pthread_create(&thread, NULL, bind_all_the_time, &binder), 0);
+	converge_all_the_same(_metadata, self->from, self->to);
+	__atomic_store_n(&binder.stop, true, __ATOMIC_RELAXED);
+	pthread_join(thread, NULL);
 }
 
 FIXTURE(flight) {
