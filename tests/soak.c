@@ -5,7 +5,8 @@
  * Fork storms against migrators. Families of processes, forking three deep,
  * share memory of nine kinds and copy, unmap, move, protect, lock and drop it,
  * exit or are killed, while their pages are moved by mbind() and move_pages(),
- * by migrate_pages(), by compaction, and while huge pages are split.
+ * by migrate_pages(), by compaction, by NUMA balancing, and while huge pages are split;
+ * what the series can be told to do or not is switched on and off all the time.
  *
  * Each word of each page is known from where the page was first mapped and from
  * what was last written to it; it is compared all the time. In the end nothing
@@ -58,6 +59,7 @@
 #define SAME_WORDS	(WORDS - 64)
 
 #define HUGETLB_PER_NODE 24
+#define BALANCING	"/sys/kernel/debug/sched/numa_balancing/"
 #define KHUGE		"/sys/kernel/mm/transparent_hugepage/"
 #define KSM		"/sys/kernel/mm/ksm/"
 #define TOTAL		"/sys/kernel/debug/migration_entry_count/total"
@@ -94,7 +96,7 @@ static const struct kind {
 enum {
 	FORKS, KILLS, KILLED, NO_HUGETLB, ROUNDS, COWS, CHECKS, ZAPS, UNMAPS, FREES,
 	MREMAPS, MPROTECTS, MLOCKS, COLLAPSES, MBINDS, MOVE_CALLS, MOVES, HUGETLB_MOVES,
-	MIGRATE_CALLS, COMPACTIONS, SPLITS, NR_COUNTERS
+	MIGRATE_CALLS, COMPACTIONS, SPLITS, SWITCHES, NR_COUNTERS
 };
 
 static const char *const counter_names[NR_COUNTERS] = {
@@ -118,13 +120,14 @@ static const char *const counter_names[NR_COUNTERS] = {
 	[HUGETLB_MOVES] = "  of them in hugetlb",
 	[MIGRATE_CALLS] = "migrate_pages()",
 	[COMPACTIONS] = "compactions",
+	[SWITCHES] = "topics switched",
 	[SPLITS] = "split_huge_pages that found something",
 };
 
 /* What must have happened, or this was no soak. */
 static const int required[] = {
 	FORKS, KILLED, COWS, ZAPS, UNMAPS, FREES, MREMAPS, MPROTECTS, MLOCKS, MBINDS,
-	MOVES, HUGETLB_MOVES, MIGRATE_CALLS, COMPACTIONS, SPLITS,
+	MOVES, HUGETLB_MOVES, MIGRATE_CALLS, COMPACTIONS, SPLITS, SWITCHES,
 };
 
 static const char *const events[] = {
@@ -132,7 +135,8 @@ static const char *const events[] = {
 	"thp_migration_fail", "thp_migration_split", "thp_split_page", "thp_split_pmd",
 	"cow_ksm", "compact_isolated", "migration_entry_walk",
 	"migration_entry_walk_stopped", "migration_entry_walk_skipped",
-	"migration_entry_walk_full", "oom_kill",
+	"migration_entry_walk_full", "migrate_copy_threads_pages", "migrate_defer_pages",
+	"numa_async_queued", "oom_kill",
 };
 #define NR_EVENTS (sizeof(events) / sizeof(events[0]))
 
@@ -1095,7 +1099,29 @@ static void splitter(void)
 	sleep_ms(20);
 }
 
-static void (*const migrators[])(void) = { mover, mover, page_migrator, compactor, splitter };
+/* What the series has switches for; a kernel may lack any of them. */
+static const struct {
+	const char *path, *values[4];
+} switches[] = {
+	{ "/sys/kernel/mm/migrate_copy/engine", { "threads", "dma", "off", "threads" } },
+	{ "/sys/kernel/mm/migrate_copy/bulk", { "1", "1", "0", "1" } },
+	{ "/sys/kernel/mm/migrate_defer/enabled", { "1", "1", "0", "1" } },
+	{ "/proc/sys/kernel/numa_balancing_async", { "1", "1", "0", "1" } },
+	{ "/proc/sys/kernel/numa_balancing", { "1", "1", "1", "0" } },
+};
+
+static void switcher(void)
+{
+	const int which = rnd(sizeof(switches) / sizeof(switches[0]));
+
+	if (put(switches[which].path, switches[which].values[rnd(4)]))
+		count(SWITCHES);
+	sleep_ms(200);
+}
+
+static void (*const migrators[])(void) = {
+	mover, mover, page_migrator, compactor, splitter, switcher,
+};
 #define NR_MIGRATORS ((int)(sizeof(migrators) / sizeof(migrators[0])))
 
 static int be_migrator(int number)
@@ -1130,6 +1156,10 @@ static void settings(void)
 	must_put(KSM "sleep_millisecs", "20");
 	must_put(KSM "pages_to_scan", "500");
 	must_put(KSM "run", "1");
+	put("/sys/kernel/mm/migrate_copy/reasons", "all");
+	put(BALANCING "scan_delay_ms", "10");
+	put(BALANCING "scan_period_min_ms", "50");
+	put(BALANCING "scan_period_max_ms", "200");
 	for (int node = 0; node < 2; node++) {
 		char path[128], number[16];
 
@@ -1145,6 +1175,10 @@ static void calm(void)
 {
 	put(KSM "run", "2");
 	put(KSM "run", "0");
+	put("/proc/sys/kernel/numa_balancing", "0");
+	put("/proc/sys/kernel/numa_balancing_async", "0");
+	put("/sys/kernel/mm/migrate_defer/enabled", "0");
+	put("/sys/kernel/mm/migrate_copy/engine", "off");
 	sync();
 	put("/proc/sys/vm/drop_caches", "3");
 	/* Folios on their way to the LRU lists arrive there */
@@ -1299,6 +1333,23 @@ static void expect_settled(const char *what, const char *path, const char *name,
 		expect(is == ought, what, is, ought);
 }
 
+/* Whatever was queued for NUMA balancing has become of something. */
+static void check_hints(void)
+{
+	static const char *const fates[] = {
+		"numa_async_migrated", "numa_async_failed", "numa_async_stale",
+		"numa_async_expired", "numa_async_not_isolated",
+	};
+	long done = 0;
+
+	if (vmstat("numa_async_queued") < 0)
+		return;
+	for (size_t i = 0; i < sizeof(fates) / sizeof(fates[0]); i++)
+		done += vmstat(fates[i]);
+	expect(done == vmstat("numa_async_queued"), "NUMA hints done with", done,
+	       vmstat("numa_async_queued"));
+}
+
 static void check_walks(void)
 {
 	long walks, stops, full;
@@ -1325,6 +1376,8 @@ static void check_nothing_left(const struct state *before, const struct state *a
 
 	expect_settled("migration entries left", TOTAL, NULL, 0);
 	check_walks();
+	check_hints();
+	expect_settled("pages held for flushes", vm, "nr_migrate_deferred", 0);
 	expect(lost <= slack, "kB that nobody has any more, at most", lost, slack);
 	expect_settled("hugetlb pages free", mem, "HugePages_Free", meminfo("HugePages_Total"));
 	expect_settled("hugetlb pages reserved", mem, "HugePages_Rsvd", 0);
