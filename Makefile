@@ -22,7 +22,7 @@ help: ## this list
 run: deps ## stock kernel and series side by side, in a table (about 20 minutes)
 	@scripts/run
 
-check: deps ## prove it: series, static checks, three kernels, tests (under an hour)
+check: deps ## prove it: series, static checks, three kernels, tests (75 minutes)
 	@scripts/check
 
 check-all: deps ## everything longer too: mutants, bench, other configurations; goes on where it stopped
